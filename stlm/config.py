@@ -11,7 +11,7 @@ __all__ = ['Ffn', 'Norm', 'Positions', 'FfnSharing', 'Schedule', 'Precision', 'C
 import dataclasses
 import types
 import typing
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
@@ -27,6 +27,13 @@ class ConfigError(StlmError):
 def _require(condition: bool, name: str, value: Any, allowed: str) -> None:
     if not condition:
         raise ConfigError(f"{name}={value!r} is not possible; allowed: {allowed}")
+
+
+def _require_each(config: Any, names: str, possible: Callable[[Any], bool], allowed: str) -> None:
+    "The same condition for several fields, such as `\"train.lr train.clip\"`."
+    for name in names.split():
+        value = getattr(config, name.rpartition(".")[2])
+        _require(possible(value), name, value, allowed)
 
 # %% ../nbs/01_config.ipynb #cf641915
 Ffn = Literal["swiglu", "gelu", "relu2"]
@@ -56,18 +63,17 @@ class ModelConfig:
     dropout: float = 0.0             # probability on the embedding and on every residual branch
     init_std: float = 0.02           # standard deviation of the initial weights
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         _check_fields(self, "model")
-        for name in ("context", "n_layers", "d_model", "n_heads", "n_kv_heads", "d_ff"):
-            _require(getattr(self, name) >= 1, f"model.{name}", getattr(self, name), "1 or more")
-        _require(self.vocab_size >= 0, "model.vocab_size", self.vocab_size, "0 (from the tokenizer) or more")
-        _require(self.d_model % self.n_heads == 0, "model.n_heads", self.n_heads, f"a divisor of model.d_model={self.d_model}")
-        _require(self.n_heads % self.n_kv_heads == 0, "model.n_kv_heads", self.n_kv_heads, f"a divisor of model.n_heads={self.n_heads}")
+        sizes = "model.context model.n_layers model.d_model model.n_heads model.n_kv_heads model.d_ff"
+        _require_each(self, sizes, lambda v: v >= 1, "1 or more")
+        _require_each(self, "model.vocab_size", lambda v: v >= 0, "0 (from the tokenizer) or more")
+        _require_each(self, "model.norm_eps model.rope_theta model.init_std", lambda v: v > 0, "more than 0")
+        _require_each(self, "model.dropout", lambda v: 0 <= v < 1, "0 up to, but not including, 1")
+        _require_each(self, "model.n_heads", lambda v: self.d_model % v == 0, f"a divisor of model.d_model={self.d_model}")
+        _require_each(self, "model.n_kv_heads", lambda v: self.n_heads % v == 0, f"a divisor of model.n_heads={self.n_heads}")
         even = self.positions not in ("rope", "sinusoidal") or self.d_head % 2 == 0
         _require(even, "model.n_heads", self.n_heads, f"an even head width, now {self.d_head}, with positions={self.positions}")
-        _require(0 <= self.dropout < 1, "model.dropout", self.dropout, "0 up to, but not including, 1")
-        for name in ("norm_eps", "rope_theta", "init_std"):
-            _require(getattr(self, name) > 0, f"model.{name}", getattr(self, name), "more than 0")
 
     @property
     def d_head(self) -> int:
@@ -84,13 +90,12 @@ class DataConfig:
     valid_fraction: float = 0.01     # share of the documents held out for validation
     test_fraction: float = 0.01      # share of the documents held out for testing
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         _check_fields(self, "data")
-        _require(self.corpus != "", "data.corpus", self.corpus, "pydocs, file:PATH, or a hub name")
+        _require_each(self, "data.corpus", bool, "pydocs, file:PATH, or a hub name")
+        _require_each(self, "data.max_bytes", lambda v: v >= 0, "0 (all) or more")
+        _require_each(self, "data.valid_fraction data.test_fraction", lambda v: 0 < v <= 0.25, "more than 0, at most 0.25")
         tokenizer_vocab_size(self.tokenizer)
-        _require(self.max_bytes >= 0, "data.max_bytes", self.max_bytes, "0 (all) or more")
-        for name in ("valid_fraction", "test_fraction"):
-            _require(0 < getattr(self, name) <= 0.25, f"data.{name}", getattr(self, name), "more than 0, at most 0.25")
 
 
 def tokenizer_vocab_size(name: str # as in `DataConfig.tokenizer`
@@ -136,24 +141,24 @@ class TrainConfig:
     eval_bytes: int = 100_000        # raw bytes of validation text in each of them
     checkpoint_every: int = 0        # steps between checkpoints; 0 = ten in a run
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         _check_fields(self, "train")
-        _require((self.steps > 0) != (self.bytes > 0), "train.steps, train.bytes", (self.steps, self.bytes), "exactly one of the two above 0")
-        for name in ("batch_size", "accumulation", "log_every", "eval_bytes"):
-            _require(getattr(self, name) >= 1, f"train.{name}", getattr(self, name), "1 or more")
-        _require(self.batch_size % self.accumulation == 0, "train.accumulation", self.accumulation, f"a divisor of train.batch_size={self.batch_size}")
-        for name in ("eval_every", "checkpoint_every", "seed", "steps", "bytes"):
-            _require(getattr(self, name) >= 0, f"train.{name}", getattr(self, name), "0 or more")
-        _require(self.lr > 0, "train.lr", self.lr, "more than 0")
-        for name in ("min_lr_ratio", "warmup", "cooldown"):
-            _require(0 <= getattr(self, name) <= 1, f"train.{name}", getattr(self, name), "0 to 1")
-        _require(self.warmup + self.cooldown <= 1 or self.schedule != "linear", "train.cooldown", self.cooldown, f"at most 1 - train.warmup={1 - self.warmup:g}")
-        for name in ("beta1", "beta2"):
-            _require(0 <= getattr(self, name) < 1, f"train.{name}", getattr(self, name), "0 up to, but not including, 1")
-        for name in ("weight_decay", "clip"):
-            _require(getattr(self, name) >= 0, f"train.{name}", getattr(self, name), "0 or more")
-        kind, _, index = self.device.partition(":")
-        _require(kind in ("auto", "cpu", "cuda", "mps") and (not index or (kind == "cuda" and index.isdecimal())), "train.device", self.device, "auto, cpu, cuda, cuda:N, mps")
+        lengths = (self.steps, self.bytes)
+        _require(min(lengths) == 0 < max(lengths), "train.steps, train.bytes", lengths, "exactly one of the two above 0")
+        _require_each(self, "train.batch_size train.accumulation train.log_every train.eval_bytes", lambda v: v >= 1, "1 or more")
+        _require_each(self, "train.eval_every train.checkpoint_every train.seed", lambda v: v >= 0, "0 or more")
+        _require_each(self, "train.weight_decay train.clip", lambda v: v >= 0, "0 or more")
+        _require_each(self, "train.min_lr_ratio train.warmup train.cooldown", lambda v: 0 <= v <= 1, "0 to 1")
+        _require_each(self, "train.beta1 train.beta2", lambda v: 0 <= v < 1, "0 up to, but not including, 1")
+        _require_each(self, "train.lr", lambda v: v > 0, "more than 0")
+        _require_each(self, "train.accumulation", lambda v: self.batch_size % v == 0, f"a divisor of train.batch_size={self.batch_size}")
+        _require_each(self, "train.cooldown", lambda v: self.schedule != "linear" or self.warmup + v <= 1, "at most 1 - train.warmup")
+        _require_each(self, "train.device", _is_device, "auto, cpu, cuda, cuda:N, mps")
+
+
+def _is_device(name: str) -> bool:
+    kind, _, index = name.partition(":")
+    return kind in ("auto", "cpu", "cuda", "mps") and (not index or (kind == "cuda" and index.isdecimal()))
 
 # %% ../nbs/01_config.ipynb #ff87bfe1
 @dataclass(frozen=True)
@@ -163,12 +168,13 @@ class RunConfig:
     data: DataConfig = field(default_factory=DataConfig)
     train: TrainConfig = field(default_factory=lambda: TrainConfig(steps=1000))
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         _check_fields(self, "run")
         size = tokenizer_vocab_size(self.data.tokenizer)
         if self.model.vocab_size == 0:
             object.__setattr__(self, "model", dataclasses.replace(self.model, vocab_size=size))
-        _require(self.model.vocab_size == size, "model.vocab_size", self.model.vocab_size, f"0 or {size}, the size of data.tokenizer={self.data.tokenizer}")
+        allowed = f"0 or {size}, the size of data.tokenizer={self.data.tokenizer}"
+        _require(self.model.vocab_size == size, "model.vocab_size", self.model.vocab_size, allowed)
 
     @property
     def id(self) -> str:
@@ -186,7 +192,7 @@ def coerce(value: Any, # from a file, the command line or a notebook
         return value
     if get_origin(kind) in (types.UnionType, typing.Union):
         return value if value is None else coerce(value, get_args(kind)[0], name)
-    if dataclasses.is_dataclass(kind):
+    if isinstance(kind, type) and dataclasses.is_dataclass(kind):
         _require(isinstance(value, kind), name, value, kind.__name__)
         return value
     return _coerce_plain(value, get_origin(kind) or kind, name)
@@ -290,18 +296,27 @@ def parse_overrides(settings: list[str]  # "a.b=c", as after --set
     return {name.strip(): value.strip() for name, _, value in (setting.partition("=") for setting in settings)}
 
 # %% ../nbs/01_config.ipynb #63bfae87
-_PAPER_TRAIN = dict(steps=50_000, batch_size=480, accumulation=20, lr=6e-4, min_lr_ratio=0.1, warmup=0.1,  # 480 x 512 = 245,760 symbols a step
+_PAPER_TRAIN = dict(steps=50_000, batch_size=480, accumulation=20, lr=6e-4, warmup=0.1,  # 480 x 512 = 245,760 symbols a step
                     eval_every=1000, eval_bytes=2_000_000, checkpoint_every=1000)
+_DEMO_MODEL = dict(n_layers=4, d_model=160, n_heads=5, n_kv_heads=5, d_ff=448)
 _DEMO_TRAIN = dict(bytes=1_000_000, batch_size=16, lr=3e-3)
 
 PRESETS: dict[str, dict[str, dict[str, Any]]] = {
-    "stlm-10m": {"model": dict(n_layers=6, d_model=320, n_heads=10, n_kv_heads=5, d_ff=960), "data": dict(corpus="openwebtext", tokenizer="bpe:8192"),
+    "stlm-10m": {"model": dict(n_layers=6, d_model=320, n_heads=10, n_kv_heads=5, d_ff=960),
+                 "data": dict(corpus="openwebtext", tokenizer="bpe:8192"),
                  "train": _PAPER_TRAIN | dict(lr=1e-3)},
-    "stlm-50m": {"model": dict(dropout=0.1), "data": dict(corpus="openwebtext", tokenizer="gpt2"), "train": _PAPER_TRAIN},
-    "stlm-100m": {"model": dict(n_layers=13, d_model=672, n_heads=21, n_kv_heads=3, d_ff=2016), "data": dict(corpus="openwebtext", tokenizer="gpt2"),
+    "stlm-50m": {"model": dict(dropout=0.1),
+                 "data": dict(corpus="openwebtext", tokenizer="gpt2"),
+                 "train": _PAPER_TRAIN},
+    "stlm-100m": {"model": dict(n_layers=13, d_model=672, n_heads=21, n_kv_heads=3, d_ff=2016),
+                  "data": dict(corpus="openwebtext", tokenizer="gpt2"),
                   "train": _PAPER_TRAIN},
-    "demo-bpe": {"model": dict(n_layers=4, d_model=160, n_heads=5, n_kv_heads=5, d_ff=448, context=128), "data": dict(tokenizer="bpe:4096"), "train": _DEMO_TRAIN},
-    "demo-bytes": {"model": dict(n_layers=4, d_model=160, n_heads=5, n_kv_heads=5, d_ff=448, context=512), "data": dict(tokenizer="bytes"), "train": _DEMO_TRAIN},
+    "demo-bpe": {"model": _DEMO_MODEL | dict(context=128),
+                 "data": dict(tokenizer="bpe:4096"),
+                 "train": _DEMO_TRAIN},
+    "demo-bytes": {"model": _DEMO_MODEL | dict(context=512),  # about as many bytes as 128 symbols of bpe:4096
+                   "data": dict(tokenizer="bytes"),
+                   "train": _DEMO_TRAIN},
 }
 
 

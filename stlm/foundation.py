@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['T', 'StlmError', 'did_you_mean', 'atomic_file', 'write_bytes', 'write_text', 'write_json', 'atomic_folder',
-           'fingerprint', 'file_sha256', 'cache_folder', 'progress']
+           'fingerprint', 'file_sha256', 'cache_folder', 'project_folder', 'progress']
 
 # %% ../nbs/00_foundation.ipynb #1460daee
 import difflib
@@ -18,7 +18,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
-from tqdm.auto import tqdm
+from tqdm import tqdm
 
 # %% ../nbs/00_foundation.ipynb #9f409afa
 class StlmError(Exception):
@@ -49,7 +49,7 @@ def _explain(error: OSError, path: Path) -> StlmError:
 @contextmanager
 def atomic_file(path: str | os.PathLike # the file to create or replace
                 ) -> Iterator[Path]:    # the temporary path to write to
-    "Write a file under a temporary name, then rename it to `path`; on any error `path` stays as it was. Raises `StlmError` for a full or read-only disk."
+    "Write a file under a temporary name, then rename it to `path`; on any error `path` stays. Raises `StlmError` for a full disk."
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
@@ -91,7 +91,7 @@ def write_json(path: str | os.PathLike, # the file to create or replace
 @contextmanager
 def atomic_folder(path: str | os.PathLike # the folder to create or replace
                   ) -> Iterator[Path]:    # the temporary folder to fill
-    "Fill a folder under a temporary name, then rename it to `path`; on any error `path` stays as it was. Raises `StlmError` for a full or read-only disk."
+    "Fill a folder under a temporary name, then rename it to `path`; on any error `path` stays. Raises `StlmError` for a full disk."
     path = Path(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -141,6 +141,12 @@ def cache_folder() -> Path:
     "Folder for prepared data: `$STLM_CACHE`, else `$XDG_CACHE_HOME/stlm`, else `~/.cache/stlm`."
     base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     return Path(os.environ.get("STLM_CACHE") or Path(base) / "stlm")
+
+# %% ../nbs/00_foundation.ipynb #c4ddabdd
+def project_folder() -> Path:
+    "The nearest folder, from here upwards, that holds `settings.ini`; the current folder if none does."
+    here = Path.cwd()
+    return next((folder for folder in (here, *here.parents) if (folder / "settings.ini").exists()), here)
 
 # %% ../nbs/00_foundation.ipynb #a423eb43
 T = TypeVar("T")

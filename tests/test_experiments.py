@@ -1,0 +1,111 @@
+"""Notebooks as experiments, and the command line: on a small corpus, in a project of their own."""
+
+import json
+
+import pandas as pd
+import pytest
+
+from helpers import own_project, real_text, settings, small_run, stlm
+from stlm.config import ConfigError
+from stlm.foundation import StlmError
+from stlm.lab.studies import Study, find_notebook, run_notebook
+from stlm.train.records import Run
+
+
+@pytest.fixture(scope="module")
+def project(tmp_path_factory):
+    return own_project(tmp_path_factory.mktemp("experiments") / "project")
+
+
+@pytest.fixture(scope="module")
+def overrides(project):
+    return small_run(real_text(project)) | {"train.steps": 20, "train.checkpoint_every": 0}
+
+
+@pytest.fixture
+def inside(project, monkeypatch):
+    monkeypatch.chdir(project)
+    return project
+
+
+def test_a_failing_arm_is_recorded_and_the_others_go_on(inside, overrides, capfd):
+    arms = {"good": {}, "diverging": {"model.init_std": 1e38}}
+    study = Study("holes", "demo-bpe", {name: overrides | changes for name, changes in arms.items()})
+    study.train()
+    table = study.table(max_bytes=3000).set_index("arm")
+    assert list(table["status"]) == ["finished", "stopped"]
+    assert "not finite" in table.loc["diverging", "error"] and table.loc["good", "error"] == ""
+    assert table.loc["good", "bits_per_byte"] > 0 and table.loc["good", "scored_bytes"] >= 2000
+    assert "cannot be compared" in study.compare("good", "diverging")
+    assert "diverging, seed 0 failed" in capfd.readouterr().err
+    notebook = json.loads((study.of("good")[0].run.folder / "notebook.ipynb").read_text())
+    assert any("image/png" in output.get("data", {}) for cell in notebook["cells"] for output in cell.get("outputs", []))
+
+    before = (study.of("good")[0].run.folder / "metrics.json").stat().st_mtime_ns
+    study.train()
+    assert (study.of("good")[0].run.folder / "metrics.json").stat().st_mtime_ns == before, "finished runs are not repeated"
+
+
+def test_impossible_arms_are_refused_before_any_work(inside, overrides):
+    with pytest.raises(ConfigError, match="n_layer"):
+        Study("never", "demo-bpe", {"good": overrides, "typo": {"model.n_layer": 3}})
+    with pytest.raises(ConfigError, match="at least one arm"):
+        Study("never", "demo-bpe", {})
+    assert not (inside / "runs" / "never").exists()
+
+
+@pytest.mark.parametrize("parameters, said", [({"layers": 3}, "layers is not a parameter"), ({"overrides": 3}, "overrides=3 has the wrong type")])
+def test_wrong_parameters_of_a_notebook_are_refused(inside, tmp_path, parameters, said):
+    with pytest.raises(StlmError, match=said):
+        run_notebook(find_notebook("train"), tmp_path / "out.ipynb", parameters, live=False)
+    assert not (inside / "runs" / "train").exists()
+
+
+def test_report_in_one_command(project, overrides):
+    common = {name: value for name, value in overrides.items() if name not in ("data.corpus", "data.tokenizer", "model.context", "train.steps")}
+    parameters = {"corpus": overrides["data.corpus"], "budget": 4000, "score_bytes": 2000, "seeds": "[0,1]",
+                  "overrides": json.dumps(common | {"data.valid_fraction": 0.25})}
+    code, output, errors = stlm("report", "quickstart", *[part for name, value in parameters.items() for part in ("-P", f"{name}={value}")],
+                                cwd=project)
+    assert code == 0, errors[-2000:]
+    page = (project / "reports" / "quickstart" / "index.html").read_text()
+    results = pd.read_csv(project / "reports" / "quickstart" / "results.csv")
+    assert set(results["status"]) == {"finished"} and len(results) == 6 and results["bits_per_byte"].between(1, 12).all()
+    assert "flat bytes" in page and "http://" not in page.replace("http://www.w3.org", "") and "bits per byte" in page
+    assert "quickstart" in (project / "reports" / "index.html").read_text() and "reports/quickstart/index.html" in output
+    assert (project / "reports" / "quickstart" / "figures" / "learning-curves.png").stat().st_size > 5000
+    assert "seed 0" in errors, "progress is shown while the study runs"
+
+
+def test_the_commands(project, overrides):
+    given = settings(overrides | {"train.steps": 21})
+    code, output, errors = stlm("prepare", *given, cwd=project)
+    assert code == 0 and "wrote" in output and "validation" in output, errors
+    code, output, errors = stlm("train", *given, "--folder", "mine", cwd=project)
+    assert code == 0 and "wrote" in output and "bits per byte" in output, errors
+    code, output, errors = stlm("train", *given, "--folder", "mine", cwd=project)
+    assert code == 0 and Run(project / "mine").metrics["steps"] == 21, "a finished run is shown again"
+    code, output, errors = stlm("evaluate", "mine", "--max-bytes", 2000, cwd=project)
+    assert code == 0 and "bits per byte" in output and (project / "mine" / "bits_validation.json").exists(), errors
+    code, output, errors = stlm("evaluate", "mine/model", "--split", "test", *settings({"data.corpus": overrides["data.corpus"]}), cwd=project)
+    assert code == 0, errors
+    code, first, errors = stlm("generate", "mine", "The licence", "--max-tokens", 20, cwd=project)
+    assert code == 0 and first.startswith("The licence"), errors
+    assert stlm("generate", "mine", "The licence", "--max-tokens", 20, cwd=project)[1] == first, "the same seed, the same text"
+    code, output, errors = stlm("runs", ".", cwd=project)
+    assert code == 0 and "mine" in output and "finished" in output, errors
+
+
+@pytest.mark.parametrize("arguments, said", [
+    (["train", "--set", "model.n_layer=3"], "model.n_layer is not a field"),
+    (["train", "--set", "train.lr=fast"], "train.lr='fast' has the wrong type"),
+    (["train", "--preset", "stlm-5m"], "preset='stlm-5m' does not exist"),
+    (["prepare", "--set", "data.corpus=file:nothing.txt"], "nothing.txt"),
+    (["prepare", "--set", "data.corpus=openwebtext"], "file:"),
+    (["generate", "nowhere"], "nowhere"),
+    (["study", "nothing"], "there is no experiment 'nothing'"),
+])
+def test_mistakes_are_one_line(project, arguments, said):
+    code, _, errors = stlm(*arguments, cwd=project)
+    lines = errors.strip().splitlines()
+    assert code == 2 and len(lines) == 1 and lines[0].startswith("stlm: ") and said in lines[0], errors

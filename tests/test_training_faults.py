@@ -1,0 +1,157 @@
+"""A run that is killed, stopped, or denied its disk loses nothing and ends as if nothing had happened."""
+
+import random
+import signal
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from helpers import command, own_project, real_text, settings, small_run, stlm
+from stlm.config import preset
+from stlm.data.shards import prepare
+from stlm.foundation import file_sha256
+from stlm.train.checkpoints import checkpoints, load_checkpoint
+from stlm.train.loop import Diverged, Trainer, train
+from stlm.train.records import Run, read_log
+
+
+@pytest.fixture(scope="module")
+def project(tmp_path_factory):
+    return own_project(tmp_path_factory.mktemp("faults") / "project")
+
+
+@pytest.fixture(scope="module")
+def overrides(project):
+    return small_run(real_text(project))
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(project, overrides):
+    "The run that every other one must equal."
+    code, _, errors = stlm("train", *settings(overrides), "--folder", project / "whole", cwd=project)
+    assert code == 0, errors
+    return Run(project / "whole")
+
+
+def begin(project, overrides, folder, **options):
+    return command("train", *settings(overrides), "--folder", folder, cwd=project, **options)
+
+
+def wait_for_lines(process, log: Path, more_than: int) -> None:
+    while process.poll() is None and len(read_log(log)) <= more_than:
+        time.sleep(0.01)
+
+
+def assert_same(run: Run, whole: Run) -> None:
+    "The same weights to the bit, and the same losses at the steps that both logged."
+    assert run.status == "finished"
+    assert file_sha256(run.model_folder / "model.safetensors") == file_sha256(whole.model_folder / "model.safetensors")
+    assert run.metrics["valid_bpb"] == whole.metrics["valid_bpb"] and run.metrics["bytes_seen"] == whole.metrics["bytes_seen"]
+    expected = {line["step"]: line["valid_loss"] for line in read_log(whole.folder / "log.jsonl") if "valid_loss" in line}
+    assert {line["step"]: line["valid_loss"] for line in read_log(run.folder / "log.jsonl") if "valid_loss" in line} == expected
+
+
+def test_killed_at_random_moments(project, overrides, uninterrupted):
+    folder, chance, kills = project / "killed", random.Random(0), 0
+    for _ in range(4):
+        process = begin(project, overrides, folder)
+        wait_for_lines(process, folder / "log.jsonl", len(read_log(folder / "log.jsonl")))
+        time.sleep(chance.uniform(0, 0.3))
+        process.send_signal(signal.SIGKILL)
+        process.communicate()
+        kills += process.returncode == -signal.SIGKILL
+    assert kills >= 2, "the run ended before it could be killed; make it longer"
+    code, _, errors = stlm("train", *settings(overrides), "--folder", folder, cwd=project)
+    assert code == 0, errors
+    assert_same(Run(folder), uninterrupted)
+    assert not list(folder.rglob("*.tmp")), "a killed writer's leftovers are removed"
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_asked_to_stop(project, overrides, uninterrupted, number):
+    folder = project / number.name
+    process = begin(project, overrides, folder)
+    wait_for_lines(process, folder / "log.jsonl", 0)
+    process.send_signal(number)
+    _, errors = process.communicate(timeout=60)
+    last = errors.strip().splitlines()[-1]
+    assert process.returncode == 130 and last.startswith(f"stlm: stopped by {number.name} at step") and "resumes" in last
+    assert Run(folder).status == "stopped" and checkpoints(folder / "checkpoint")
+    code, _, errors = stlm("train", *settings(overrides), "--folder", folder, cwd=project)
+    assert code == 0, errors
+    assert_same(Run(folder), uninterrupted)
+
+
+def test_full_disk(project, overrides, uninterrupted):
+    folder = project / "full"
+    limit = "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (150_000, 150_000))"  # a checkpoint has more bytes
+    code, _, errors = stlm("train", *settings(overrides), "--folder", folder, cwd=project, start=limit)
+    assert code == 2 and "cannot write" in errors.strip().splitlines()[-1] and "unchanged" in errors
+    assert not checkpoints(folder / "checkpoint") and not list(folder.rglob("*.tmp"))
+    assert stlm("train", *settings(overrides), "--folder", folder, cwd=project)[0] == 0
+    assert_same(Run(folder), uninterrupted)
+
+
+def test_unwritable_folder(project, overrides):
+    code, _, errors = stlm("train", *settings(overrides), "--folder", project / "settings.ini" / "run", cwd=project)
+    assert code == 2 and errors.strip().splitlines()[-1].startswith("stlm: cannot write")
+
+
+def test_damaged_checkpoint_gives_way_to_the_one_before(project, overrides, uninterrupted):
+    config, folder = preset("demo-bpe", overrides), project / "damaged"
+    process = begin(project, overrides, folder)
+    wait_for_lines(process, folder / "log.jsonl", 4)
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    newest = checkpoints(folder / "checkpoint")[-1]
+    (newest / "model.safetensors").write_bytes((newest / "model.safetensors").read_bytes()[:-7])
+    with pytest.warns(UserWarning, match=newest.name):
+        train(config, folder, show_progress=False)
+    assert Run(folder).status == "finished"
+
+
+def test_another_configuration_is_refused(project, overrides, uninterrupted):
+    begin(project, overrides, project / "taken").kill()
+    folder = project / "other"
+    process = begin(project, overrides, folder)
+    wait_for_lines(process, folder / "log.jsonl", 0)
+    process.kill()
+    process.communicate()
+    code, _, errors = stlm("train", *settings(overrides | {"train.lr": 0.5}), "--folder", folder, cwd=project)
+    assert code == 2 and "train.lr is 0.003 there, 0.5 here" in errors
+
+
+def test_a_loss_that_is_no_number_stops_before_the_checkpoint(project, overrides, tmp_path):
+    config = preset("demo-bpe", overrides | {"model.init_std": 1e38})
+    with pytest.raises(Diverged, match=r"not finite at step \d+ with train.lr"):
+        train(config, tmp_path / "infinite", show_progress=False)
+    assert not checkpoints(tmp_path / "infinite" / "checkpoint")
+
+
+def test_divergence_keeps_the_last_good_checkpoint(project, overrides, tmp_path):
+    config = preset("demo-bpe", overrides)
+    trainer = Trainer(config, Run(tmp_path), prepare(config.data, show_progress=False), show_progress=False)
+    trainer.step()
+    trainer.save()
+    with torch.no_grad():
+        next(trainer.model.parameters()).mul_(float("nan"))
+    trainer.step()
+    with pytest.raises(Diverged):
+        trainer.save()
+    state = load_checkpoint(tmp_path / "checkpoint", trainer.model, trainer.optimizer)
+    assert state["step"] == 1 and all(torch.isfinite(p).all() for p in trainer.model.parameters())
+
+
+def test_accumulation_changes_memory_and_not_the_result(project, overrides, tmp_path):
+    losses = []
+    for parts in (1, 4):
+        config = preset("demo-bpe", overrides | {"train.accumulation": parts, "train.steps": 10, "model.dropout": 0.0})
+        losses.append(train(config, tmp_path / str(parts), show_progress=False).metrics["valid_loss"])
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+
+
+def test_training_learns(uninterrupted):
+    log = uninterrupted.log()
+    assert log["loss"].dropna().iloc[0] > 4 and uninterrupted.metrics["valid_bpb"] < 5
