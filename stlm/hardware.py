@@ -64,7 +64,8 @@ def peak_flops(device: torch.device, # where to measure
                dtype: torch.dtype    # of the matrices
                ) -> float:           # floating-point operations a second
     "Measured peak of matrix products, two operations for each multiply-add; measured once in a process."
-    matrix, seconds = _busy_matrix(device, dtype), []
+    matrix = _busy_matrix(device, dtype)
+    seconds: list[float] = []
     while len(seconds) < 5 or sum(seconds) < 0.2:
         seconds.append(_product_seconds(matrix))
     return 2 * len(matrix) ** 3 / statistics.median(seconds)

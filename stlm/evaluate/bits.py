@@ -14,7 +14,7 @@ import numpy as np
 import pandas as pd
 
 from ..data.tokenizers import Tokenizer
-from ..foundation import StlmError
+from ..foundation import StlmError, progress
 from ..infer.scoring import check_pair, token_logprobs, windows
 from ..model.lm import LanguageModel
 
@@ -71,7 +71,7 @@ def _draws(n_documents: int, samples: int, seed: int) -> Iterator[np.ndarray]:
         yield np.bincount(random.integers(n_documents, size=n_documents), minlength=n_documents)
 
 # %% ../../nbs/60_evaluate.bits.ipynb #64d8fc77
-_GROUP_BYTES = 1_000_000  # bytes of text that are scored together
+_GROUP_CHARACTERS = 100_000  # text that is scored together: a dozen batches
 
 
 def _groups(texts: Iterable[str]) -> Iterator[list[str]]:
@@ -80,7 +80,7 @@ def _groups(texts: Iterable[str]) -> Iterator[list[str]]:
     for text in texts:
         group.append(text)
         size += len(text)
-        if size >= _GROUP_BYTES:
+        if size >= _GROUP_CHARACTERS:
             yield group
             group, size = [], 0
     if group:
@@ -93,7 +93,8 @@ def _encode(tokenizer: Tokenizer, texts: list[str], before: int) -> list[tuple[i
     for number, (text, symbols) in enumerate(zip(texts, tokenizer.encode_batch(texts), strict=True), start=before):
         n_bytes, covered = len(text.encode("utf-8")), int(tokenizer.token_bytes[symbols].sum())
         if n_bytes != covered:
-            raise StlmError(f"document {number} has {n_bytes} bytes, but the symbols of {tokenizer.name} stand for {covered}; the tokenizer is not exact")
+            raise StlmError(f"document {number} has {n_bytes} bytes, but its symbols stand for {covered}; "
+                            f"the tokenizer {tokenizer.name} is not exact: use another one")
         encoded.append((n_bytes, np.concatenate([[tokenizer.eot_id], symbols, [tokenizer.eot_id]]).astype(np.int64)))
     return encoded
 
@@ -102,13 +103,13 @@ def _costs(model: LanguageModel,
            sequences: list[np.ndarray], # symbols of each document
            window: int,
            stride: int,
-           options: dict                # for `token_logprobs`
+           max_tokens_in_batch: int = 8192
            ) -> list[np.ndarray]:       # nats of every symbol but the first, for each document
     "Score documents of any length in windows; all windows share the batches."
     cut = [list(windows(len(sequence), window, stride)) for sequence in sequences]
     pieces = [sequence[start:stop] for sequence, parts in zip(sequences, cut, strict=True) for start, _, stop in parts]
     first = [first - start for parts in cut for start, first, _ in parts]
-    scored = iter(token_logprobs(model, pieces, first, **options))
+    scored = iter(token_logprobs(model, pieces, first, max_tokens_in_batch))
     return [-np.concatenate([next(scored) for _ in parts]) for parts in cut]
 
 # %% ../../nbs/60_evaluate.bits.ipynb #732f42e2
@@ -120,16 +121,17 @@ def bits_per_byte(model: LanguageModel,
                   max_tokens_in_batch: int = 8192, # symbols in a batch, padding included
                   show_progress: bool = False      # for long work
                   ) -> Bits:
-    "Exact bits per byte over documents, each from its first symbol to its end. Raises `StlmError` for texts without a byte and impossible windows."
+    "Exact bits per byte over documents, ends included. Raises `StlmError` for texts without a byte and impossible windows."
     check_pair(model, tokenizer)
     window, stride = _check_windows(model, window, stride)
-    options = dict(max_tokens_in_batch=max_tokens_in_batch, show_progress=show_progress)
     rows: list[tuple] = []
-    for group in _groups(texts):
-        encoded = _encode(tokenizer, group, len(rows))
-        costs = _costs(model, [symbols for _, symbols in encoded], window, stride, options)
-        rows += [(len(rows) + place, n_bytes, len(cost), cost.sum(dtype=np.float64), float(cost[-1]))
-                 for place, ((n_bytes, _), cost) in enumerate(zip(encoded, costs, strict=True))]
+    with progress(description="bits per byte", unit="B", disable=not show_progress) as bar:
+        for group in _groups(texts):
+            encoded = _encode(tokenizer, group, len(rows))
+            costs = _costs(model, [symbols for _, symbols in encoded], window, stride, max_tokens_in_batch)
+            rows += [(number, n_bytes, len(cost), cost.sum(dtype=np.float64), float(cost[-1]))
+                     for number, ((n_bytes, _), cost) in enumerate(zip(encoded, costs, strict=True), start=len(rows))]
+            bar.update(sum(n_bytes for n_bytes, _ in encoded))
     return _summary(pd.DataFrame(rows, columns=["document", "n_bytes", "n_tokens", "nats", "end_nats"]), window, stride)
 
 

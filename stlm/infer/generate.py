@@ -33,7 +33,8 @@ class Sampling:
     def __post_init__(self) -> None:
         for name in ("max_tokens", "top_k", "seed"):
             value = getattr(self, name)
-            _require(isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 2**63, name, value, "a whole number, 0 or more")
+            whole = isinstance(value, int) and not isinstance(value, bool)
+            _require(whole and 0 <= value < 2**63, name, value, "a whole number, 0 or more")
         for name in ("temperature", "top_p"):
             value = getattr(self, name)
             _require(isinstance(value, (int, float)) and not isinstance(value, bool), name, value, "a number")
@@ -134,7 +135,7 @@ def stream(model: LanguageModel,
            top_p: float = 1.0,        # draw from the most probable symbols that together have this probability
            seed: int = 0              # the same seed gives the same text
            ) -> Iterator[str]:        # what follows the prompt, in pieces of whole characters
-    "Write on from a prompt, piece by piece; a prompt longer than the context is read from its end, with a warning. Raises `StlmError` at once for a wrong setting."
+    "Write on from a prompt, piece by piece; warns where it exceeds the context. Raises `StlmError` at once for a wrong setting."
     sampling = Sampling(max_tokens, temperature, top_k, top_p, seed)
     check_pair(model, tokenizer)
     symbols = [tokenizer.eot_id, *tokenizer.encode(prompt)]
@@ -153,5 +154,5 @@ def generate(model: LanguageModel,
              top_p: float = 1.0,       # draw from the most probable symbols that together have this probability
              seed: int = 0             # the same seed gives the same text
              ) -> str:                 # what follows the prompt
-    "Write on from a prompt; a prompt longer than the context is read from its end, with a warning. Raises `StlmError` for a wrong setting."
+    "Write on from a prompt; warns where it exceeds the context. Raises `StlmError` for a wrong setting."
     return "".join(stream(model, tokenizer, prompt, max_tokens, temperature, top_k, top_p, seed))

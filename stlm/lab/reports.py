@@ -27,8 +27,11 @@ from nbconvert import HTMLExporter, MarkdownExporter
 from nbconvert.filters.markdown_mistune import IPythonRenderer, MarkdownWithMath
 from nbformat import NotebookNode
 from pandas import DataFrame
+from pygments import highlight
+from pygments.formatters import HtmlFormatter
+from pygments.lexers import get_lexer_by_name
 
-from ..foundation import StlmError, atomic_folder, write_json, write_text
+from ..foundation import StlmError, atomic_folder, progress, write_json, write_text
 
 # %% ../../nbs/71_lab.reports.ipynb #b7690abd
 @dataclass(frozen=True)
@@ -201,8 +204,8 @@ _TEMPLATE = """
 {%- endblock footer -%}
 
 {%- block input -%}
-{%- if page.fold -%}<details><summary>Code</summary>{{ cell.source | highlight_code(metadata=cell.metadata) }}</details>
-{%- else -%}{{ cell.source | highlight_code(metadata=cell.metadata) }}{%- endif -%}
+{%- if page.fold -%}<details><summary>Code</summary>{{ cell.source | code }}</details>
+{%- else -%}{{ cell.source | code }}{%- endif -%}
 {%- endblock input -%}
 
 {%- block execute_result -%}{%- block data_priority scoped -%}{{ super() }}{%- endblock data_priority -%}{%- endblock execute_result -%}
@@ -248,7 +251,7 @@ header { padding: 1.6rem 0 .4rem; }
 h1, h2, h3, h4 { line-height: 1.25; margin: 1.5em 0 .5em; text-wrap: balance; }
 h1 { font-size: clamp(1.8rem, 5vw, 2.5rem); letter-spacing: -.02em; margin: .5em 0 .25em; }
 h2 { font-size: 1.45rem; letter-spacing: -.01em; } h3 { font-size: 1.15rem; } h4 { font-size: 1rem; }
-p, ul, ol { margin: 0 0 1em; } li { margin: .2em 0; }
+p, ul, ol { margin: 0 0 1em; } p:empty { display: none; } li { margin: .2em 0; }
 .summary p { font-size: 1.2rem; line-height: 1.45; color: var(--soft); margin: 0 0 .5em; }
 .made, footer { color: var(--soft); font-size: .92rem; }
 .verdict { border-left: 4px solid var(--link); background: var(--box); padding: .8rem 1rem; margin: .8rem 0; border-radius: 0 6px 6px 0; }
@@ -268,7 +271,7 @@ figure { margin: .6rem 0 1.4rem; text-align: center; } figure img, figure svg, p
 math { font-family: "STIX Two Math", "Cambria Math", "Latin Modern Math", math, serif; }
 table { border-collapse: collapse; font-size: .92rem; line-height: 1.4; font-variant-numeric: tabular-nums; }
 th, td { padding: .38rem .8rem .38rem 0; text-align: left; vertical-align: top; border-bottom: 1px solid var(--line); }
-thead th { border-bottom: 2px solid var(--soft); vertical-align: bottom; } th { font-weight: 600; }
+thead :is(th, td) { border-bottom: 2px solid var(--soft); vertical-align: bottom; } th { font-weight: 600; }
 tbody tr:hover { background: var(--box); } .number { text-align: right; white-space: nowrap; }
 footer { margin-top: 3rem; padding: 1rem 0 2rem; border-top: 1px solid var(--line); }
 footer nav { display: flex; flex-wrap: wrap; justify-content: space-between; gap: .5rem 2rem; margin-bottom: .8rem; }
@@ -279,8 +282,16 @@ footer [rel=next] { margin-left: auto; }
 @media print { body { font-size: 10pt; } details, nav { display: none; } figure, table { break-inside: avoid; } }
 """
 
+# %% ../../nbs/71_lab.reports.ipynb #f465cb18
+_COLOURED = re.compile("k[ncd]?|ow|s[12abdeir]|m[ifhb]|c[1mh]|n[fcd]|fm")
+
+
+def _coloured(source: str) -> str:
+    html = highlight(source, get_lexer_by_name("ipython3"), HtmlFormatter())
+    return re.sub(r'<span class="(\w+)">([^<]*)</span>', lambda span: span[0] if _COLOURED.fullmatch(span[1]) else span[2], html)
+
 # %% ../../nbs/71_lab.reports.ipynb #e9673f8b
-_NUMBER = re.compile(r"[-+−±]?[\d.,\s×%e+±−–-]*\d[\d.,\s×%e+±−–-]*[a-zA-Z%]{0,3}|–|—|-|nan", re.IGNORECASE)
+_NUMBER = re.compile(r"(?=.*\d)(?:[\d\s.,:%±×~+−–\-()\[\]]|to|e|[kMGT]?B|m?s)+|–|-|nan", re.IGNORECASE)
 
 
 def _finish_table(soup: BeautifulSoup, table: Tag) -> None:
@@ -365,6 +376,7 @@ def _nearest_heading(tag: Tag) -> str:
 def _exporter() -> HTMLExporter:
     exporter = HTMLExporter(template_name="base", template_file="page.html.j2", extra_loaders=[DictLoader({"page.html.j2": _TEMPLATE})])
     exporter.register_filter("prose", _to_html)
+    exporter.register_filter("code", _coloured)
     return exporter
 
 
@@ -404,7 +416,7 @@ def _relative(path: Path) -> str:
 # %% ../../nbs/71_lab.reports.ipynb #8cf4647f
 def figures(notebook: NotebookNode # executed
             ) -> dict[str, bytes]: # file name to PNG
-    "The figures of a notebook, each named after the last heading above it."
+    "The figures of a notebook, each under the name that its metadata gives it, or that of the last heading above it."
     found: dict[str, bytes] = {}
     taken: set[str] = set()
     heading = "figure"
@@ -413,7 +425,8 @@ def figures(notebook: NotebookNode # executed
             heading = (re.findall(r"^#+ (.+)$", cell.source, re.MULTILINE) or [heading])[-1]
         for output in cell.get("outputs", []):
             if "image/png" in output.get("data", {}):
-                found[_unique(slug(heading), taken) + ".png"] = base64.b64decode(output.data["image/png"])
+                name = output.metadata.get("image/png", {}).get("name") or heading
+                found[_unique(slug(name), taken) + ".png"] = base64.b64decode(output.data["image/png"])
     return found
 
 
@@ -493,7 +506,8 @@ def render_site(nbs: str | os.PathLike = "nbs",     # the folder of notebooks
     if not paths:
         raise StlmError(f"there is no notebook in {nbs}; name the folder that holds index.ipynb")
     with atomic_folder(output) as folder:
-        for before, path, after in zip([None, *paths], paths, [*paths[1:], None], strict=False):
+        neighbours = zip([None, *paths], paths, [*paths[1:], None], strict=False)
+        for before, path, after in progress(neighbours, "rendering", len(paths), " pages"):
             page = (folder / path.relative_to(nbs)).with_suffix(".html")
             write_text(page, _chapter(path, nbs, before, after))
     return output / "index.html"

@@ -30,7 +30,7 @@ class Positions(nn.Module):
 
     def bias(self, length: int,  # T queries
              start: int          # position of the first of them
-             ) -> Tensor | None: # (n_heads, T, start + T), added to the attention scores, minus infinity for the future
+             ) -> Tensor | None: # (1, n_heads, T, start + T), added to the attention scores, minus infinity for the future
         "Mark positions in the attention scores; None = no bias, and the mask is left to attention."
         return None
 
@@ -101,13 +101,13 @@ class Alibi(Positions):
         super().__init__()
         self.register_buffer("slopes", alibi_slopes(config.n_heads), persistent=False)
 
-    def bias(self, length: int, start: int) -> Tensor: # (n_heads, T, start + T)
+    def bias(self, length: int, start: int) -> Tensor: # (1, n_heads, T, start + T)
         "Minus slope times distance, minus infinity for the future. The one case in which a (T, T) array exists, once for all layers."
         queries = torch.arange(start, start + length, device=self.slopes.device)[:, None]  # (T, 1)
         keys = torch.arange(start + length, device=self.slopes.device)[None]               # (1, start + T)
         distance = (queries - keys).float()                                                # (T, start + T)
         bias = -self.slopes[:, None, None] * distance                                      # (n_heads, T, start + T)
-        return bias.masked_fill(distance < 0, -torch.inf)
+        return bias.masked_fill(distance < 0, -torch.inf)[None]  # four axes: with three, attention falls back to a slow kernel
 
 # %% ../../nbs/21_model.positions.ipynb #88a8f3fc
 def make_positions(config: ModelConfig # `positions` decides

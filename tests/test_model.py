@@ -1,0 +1,152 @@
+"""Every combination of the model's switches: no leak from the future, cache = full pass, gradients everywhere, nothing below chance."""
+
+import itertools
+import math
+from typing import get_args
+
+import pytest
+import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from stlm.config import Ffn, FfnSharing, ModelConfig, Norm, Positions
+from stlm.foundation import StlmError
+from stlm.model.accounting import account
+from stlm.model.lm import LanguageModel
+
+T, V = 16, 61
+COMBINATIONS = [
+    # norms on queries and keys and the tied head come and go in steps of 7 and 11, so that they meet every value of the others
+    dict(n_kv_heads=n_kv_heads, positions=positions, norm=norm, ffn=ffn, ffn_sharing=sharing,
+         qk_norm=number % 7 < 4, tied_head=number % 11 < 6)
+    for number, (n_kv_heads, positions, norm, ffn, sharing) in enumerate(itertools.product(
+        (1, 3, 6), get_args(Positions), get_args(Norm), get_args(Ffn), get_args(FfnSharing)))
+]
+
+
+def small_model(**switches) -> LanguageModel:
+    torch.manual_seed(0)
+    # six heads: no power of two, so that ALiBi's second series of slopes takes part; large weights, so that everything matters
+    sizes = dict(vocab_size=V, context=T, n_layers=2, d_model=24, n_heads=6, d_ff=32, init_std=0.2)
+    return LanguageModel(ModelConfig(**(sizes | dict(n_kv_heads=2) | switches)))
+
+
+def random_ids(*shape: int) -> torch.Tensor:
+    return torch.randint(V, shape, generator=torch.Generator().manual_seed(1))
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@torch.no_grad()
+def test_no_position_sees_the_future():
+    ids = random_ids(1, T)
+    for switches in COMBINATIONS:
+        model = small_model(**switches).eval()
+        logits = model(ids)
+        for position in (0, 5, T - 1):
+            changed = ids.clone()
+            changed[:, position] = (changed[:, position] + 7) % V
+            moved = (model(changed) - logits).abs().amax(-1)[0]  # (T,)
+            assert (moved[:position] == 0).all(), (switches, position)
+            assert (moved[position:] > 0).all(), (switches, position)  # and the past is seen
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("pieces", [[1] * T, [9, 1, 4, 1, 1], [T]], ids=["one by one", "pieces", "at once"])
+def test_the_cache_agrees_with_the_full_pass(pieces):
+    ids = random_ids(2, T)
+    for switches in COMBINATIONS:
+        model = small_model(**switches).eval()
+        cache = model.new_cache(2, T)
+        logits = torch.cat([model(piece, cache) for piece in ids.split(pieces, dim=1)], dim=1)
+        torch.testing.assert_close(logits, model(ids), rtol=1e-4, atol=1e-4, msg=lambda text, s=switches: f"{s}: {text}")
+        assert cache.length == T
+
+
+def test_every_parameter_is_counted_once_and_gets_a_gradient():
+    ids = random_ids(2, T + 1)
+    for switches in COMBINATIONS:
+        model = small_model(**switches)
+        model.nll(ids[:, :-1], ids[:, 1:]).mean().backward()
+        for name, parameter in model.named_parameters():
+            assert parameter.grad is not None and parameter.grad.abs().sum() > 0, (switches, name)
+        assert sum(parameter.numel() for parameter in model.parameters()) == account(model.config).unique_parameters, switches
+        assert sum(tensor.numel() for tensor in model.state_dict().values()) == account(model.config).unique_parameters  # no aliases
+        assert (model.head_weight is model.embedding.weight) == model.config.tied_head
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("positions", get_args(Positions))
+@pytest.mark.parametrize("norm", get_args(Norm))
+def test_random_symbols_cost_no_less_than_chance(positions, norm):
+    model = small_model(positions=positions, norm=norm).eval()
+    ids = random_ids(256, T + 1)
+    bits = model.nll(ids[:, :-1], ids[:, 1:]).double() / math.log(2)
+    noise = 3 * bits.std() / bits.numel() ** 0.5
+    assert bits.mean() >= math.log2(V) - noise
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("switches", [{}, dict(qk_norm=True), dict(positions="alibi"), dict(norm="layernorm", ffn="gelu")], ids=str)
+def test_bfloat16_stays_causal_and_close(switches):
+    model, ids = small_model(**switches).eval(), random_ids(1, T)
+    exact = model(ids)
+    with torch.autocast("cpu", torch.bfloat16):
+        logits, changed = model(ids), ids.clone()
+        changed[:, 9:] = (changed[:, 9:] + 7) % V
+        assert torch.equal(model(changed)[:, :9], logits[:, :9])
+        cache = model.new_cache(1, T)
+        stepped = torch.cat([model(piece, cache) for piece in ids.split([6, 1, 9], dim=1)], dim=1)
+    scale = exact.std().item()
+    torch.testing.assert_close(logits.float(), exact, rtol=0, atol=0.2 * scale)
+    torch.testing.assert_close(stepped.float(), exact, rtol=0, atol=0.2 * scale)
+
+
+def test_dropout_acts_on_the_embedding_and_on_both_branches():
+    model, ids = small_model(dropout=0.5), random_ids(1, T)
+    seen = []
+    for module in model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.register_forward_hook(lambda module, inputs, output: seen.append((output == 0).float().mean().item()))
+    model(ids)
+    assert len(seen) == 1 + 2 * model.config.n_layers and all(0.4 < share < 0.6 for share in seen)
+    model.set_dropout(0.0)
+    assert torch.equal(model(ids), model.eval()(ids))
+
+
+@torch.no_grad()
+def test_too_long_an_input_is_one_clear_line():
+    model = small_model()
+    with pytest.raises(StlmError, match=f"model.context={T}") as caught:
+        model(random_ids(1, T + 1))
+    assert "\n" not in str(caught.value)
+    cache = model.new_cache(1, 2 * T)
+    model(random_ids(1, T), cache)
+    with pytest.raises(StlmError, match=f"model.context={T}"):
+        model(random_ids(1, 1), cache)
+    assert cache.length == T  # a refused call leaves the cache as it was
+
+
+def test_the_attention_weights_are_never_stored():
+    """Only the flash kernel is allowed, which computes them tile by tile: where it cannot be used, torch raises an error."""
+    ids = random_ids(1, T)
+    for switches in COMBINATIONS:
+        model = small_model(**switches)
+        with sdpa_kernel(SDPBackend.FLASH_ATTENTION):
+            model.nll(ids, ids).mean().backward()
+            with torch.no_grad():
+                cache = model.new_cache(1, T)
+                for piece in ids.split([9, 1, 6], dim=1):
+                    model(piece, cache)
+
+
+@pytest.mark.parametrize("positions", get_args(Positions))
+def test_the_model_is_one_graph_for_the_compiler(positions):
+    model, ids = small_model(positions=positions, ffn_sharing="all", qk_norm=True), random_ids(2, T)
+    compiled = torch.compile(model.nll, fullgraph=True, backend="eager")  # raises where the graph would break
+    torch.testing.assert_close(compiled(ids, ids), model.nll(ids, ids))
