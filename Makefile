@@ -64,7 +64,7 @@ distclean: clean ## remove .venv as well
 # The two stamps are newer than what they were installed from, so a second run installs nothing.
 .venv/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || \
-		{ echo "stlm needs Python 3.11 or later, and $(PYTHON) is $$($(PYTHON) --version 2>&1); name another: make PYTHON=python3.12" >&2; exit 1; }
+		{ echo "stlm needs Python 3.11 or later and found $$($(PYTHON) --version 2>/dev/null || echo no $(PYTHON)); name another: make PYTHON=python3.12" >&2; exit 1; }
 	$(PYTHON) -m venv .venv
 	@touch $@
 

@@ -37,7 +37,7 @@ def cache(tmp_path, monkeypatch):
 
 @pytest.fixture(scope="session")
 def corpus(tmp_path_factory):
-    "About 6 MB of different documents: the texts behind Python's help(), numbered."
+    "Nearly 5 MB of different documents: the texts behind Python's help(), numbered."
     path = tmp_path_factory.mktemp("corpus") / "topics.txt"
     path.write_text("\n<|endoftext|>\n".join(f"{turn}: {text}" for turn in range(10) for text in topics.values()), "utf-8")
     return f"file:{path}"
@@ -82,7 +82,7 @@ def test_killed_build_leaves_nothing_to_mistake(cache, corpus):
     calm = prepare(config, show_progress=False).folder
     expected = content(calm)
     rng = random.Random(0)
-    for _ in range(4):
+    for _ in range(3):
         shutil.rmtree(calm, ignore_errors=True)
         _, workers = kill_while_building(settings_for(corpus, "bpe:512"), cache, rng)
         assert not calm.exists() or not find_damage(calm, show_progress=False)
@@ -172,7 +172,7 @@ def test_an_unwritable_cache_is_one_line(tmp_path, monkeypatch, corpus):
 
 
 def test_parallel_equals_serial(cache, corpus, tmp_path):
-    config = DataConfig(**settings_for(corpus, "bpe:512"))
+    config = DataConfig(**settings_for(corpus, "bpe:512"), max_bytes=1_500_000)
     tokenizer = open_tokenizer(config)
     documents = list(split_documents(open_corpus(config.corpus), config))
     folders = {workers: tmp_path / str(workers) for workers in (0, 1, 3)}
@@ -180,7 +180,7 @@ def test_parallel_equals_serial(cache, corpus, tmp_path):
         folder.mkdir()
         write_splits(folder, documents, tokenizer, show_progress=False, shard_tokens=50_000, workers=workers)
     assert content(folders[0]) == content(folders[1]) == content(folders[3])
-    assert len(list(folders[0].glob("train-*.bin"))) > 5
+    assert len(list(folders[0].glob("train-*.bin"))) > 3
 
 
 @pytest.mark.parametrize("tokenizer", ["bytes", "bpe:512"])
@@ -256,6 +256,7 @@ def test_a_split_can_be_read_by_other_threads_and_processes(cache, corpus):
     expected = [split.read(start, start + 1000).sum() for start in starts]
     with ThreadPoolExecutor(4) as pool:
         assert list(pool.map(lambda start: split.read(start, start + 1000).sum(), starts)) == expected
-    loader = torch.utils.data.DataLoader([0, 1, 2], num_workers=2, collate_fn=lambda steps: Batches(split, 100, 4, 0).batch(steps[0]).inputs)
+    batches = Batches(split, 100, 4, 0)
+    loader = torch.utils.data.DataLoader([0, 1, 2], num_workers=2, collate_fn=lambda steps: batches.batch(steps[0]).inputs)
     for step, inputs in enumerate(loader):
-        assert torch.equal(inputs, Batches(split, 100, 4, 0).batch(step).inputs)
+        assert torch.equal(inputs, batches.batch(step).inputs)

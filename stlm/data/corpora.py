@@ -46,10 +46,10 @@ from ..foundation import StlmError, atomic_folder, cache_folder, did_you_mean, f
 @dataclass(frozen=True)
 class Corpus:
     "A named source of documents. Reading it again gives the same documents in the same order."
-    name: str                           # as in `DataConfig.corpus`
-    fingerprint: str                    # names the content, 16 hexadecimal digits
-    info: dict[str, Any]                # source, licence, versions, and what one document is
-    read: Callable[[], Iterator[str]]   # starts reading from the beginning
+    name: str                         # as in `DataConfig.corpus`
+    fingerprint: str                  # names the content, 16 hexadecimal digits
+    info: dict[str, Any]              # source, licence, versions, and what one document is
+    read: Callable[[], Iterator[str]] # starts reading from the beginning
 
     def documents(self,
                   max_bytes: int = 0  # stop after this many raw UTF-8 bytes; 0 = read everything
@@ -82,7 +82,7 @@ def _docstrings(node: ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef) -> 
         yield from _docstrings(inner)
 
 
-def read_docstrings(source: bytes      # a Python file
+def read_docstrings(source: bytes         # a Python file
                     ) -> list[list[str]]: # one list a document: the docstrings that belong together
     "Docstrings of a Python file, grouped into documents. A file that does not parse has none."
     try:
@@ -93,7 +93,7 @@ def read_docstrings(source: bytes      # a Python file
     return [[ast.get_docstring(tree) or ""], *(list(_docstrings(node)) for node in _definitions(tree))]
 
 # %% ../../nbs/10_data.corpora.ipynb #22155095
-def read_topics(source: bytes   # pydoc_data/topics.py
+def read_topics(source: bytes # pydoc_data/topics.py
                 ) -> list[str]: # one text a topic
     "Python's documentation topics."
     literals = (node.value for node in ast.parse(source).body if isinstance(node, ast.Assign))
@@ -104,7 +104,7 @@ PYDOCS_PACKAGES = ("torch", "numpy", "pandas", "sympy", "networkx", "matplotlib"
 _PYDOCS_LICENCES = "PSF-2.0 (Python), BSD-3-Clause (torch, numpy, pandas, sympy, networkx), PSF-based (matplotlib)"
 _SKIPPED_FOLDERS = {"test", "tests", "testing", "idle_test", "site-packages", "dist-packages",
                     "distutils", "ensurepip", "idlelib", "lib2to3", "tkinter", "turtledemo"}  # optional on some systems
-_EXTRACTION = 1         # change it whenever the same files would give other documents
+_EXTRACTION = 1          # change it whenever the same files would give other documents
 _SHORTEST_DOCUMENT = 100 # characters; below that it is a label rather than prose
 
 
@@ -209,7 +209,7 @@ def _format(file: Path) -> str | None:
     return next((ending for ending in _FORMATS if name.endswith(ending)), None)
 
 
-def find_files(path: str      # a file, a folder, or a pattern with * and **
+def find_files(path: str        # a file, a folder, or a pattern with * and **
                ) -> list[Path]: # sorted
     "Text files at a path; a folder gives every file below it that can be read. Raises `StlmError`."
     if not path:
@@ -266,9 +266,9 @@ def _has_separator(file: Path) -> bool:
     return any(line.strip() == _SEPARATOR for line in _lines(file))
 
 
-def cut_lines(lines: Iterable[str], # each with its line break
+def cut_lines(lines: Iterable[str],         # each with its line break
               is_end: Callable[[str], bool] # whether a line stands between documents
-              ) -> Iterator[str]:   # documents
+              ) -> Iterator[str]:           # documents
     "Join lines into documents, without the lines between them."
     document: list[str] = []
     for line in lines:
@@ -548,9 +548,9 @@ class SeenHashes:
             self._slots[self._slot_of(number)] = number
 
 # %% ../../nbs/10_data.corpora.ipynb #7a20d8e1
-def split_documents(corpus: Corpus,                  # from `open_corpus`
-                    config: DataConfig               # its limit and the shares of the splits
-                    ) -> Iterator[tuple[str, str]]:  # (split, text)
+def split_documents(corpus: Corpus,                 # from `open_corpus`
+                    config: DataConfig              # its limit and the shares of the splits
+                    ) -> Iterator[tuple[str, str]]: # (split, text)
     "Every different document of a corpus once, with its split, in the order of the corpus. Raises `StlmError`."
     seen = SeenHashes()
     for text in corpus.documents(config.max_bytes):

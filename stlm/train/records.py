@@ -80,7 +80,7 @@ class Run:
 def _read_json(path: Path) -> dict[str, Any] | None:
     try:
         return json.loads(path.read_text("utf-8"))
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return None
     except (OSError, ValueError) as error:
         raise StlmError(f"{path} is damaged ({error}); delete it and run again") from error
