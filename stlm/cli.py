@@ -73,9 +73,12 @@ def evaluate(folder: ModelArgument,
     dataset = prepare_data(_data_of(folder, settings))
     texts = first_documents(dataset, split, max_bytes or sys.maxsize)
     bits = bits_per_byte(model, tokenizer, texts, stride=stride or None)
-    print(bits)
+    figures = bits.summary()
+    interval = "{:.4f} to {:.4f} at 95% over documents, ".format(*figures["interval"]) if figures["interval"] else ""
+    print(f"{bits.bits_per_byte:.4f} bits per byte ({interval}{bits.bits_per_byte_without_end:.4f} without the ends of documents) "
+          f"on {bits.n_bytes:,} bytes in {bits.n_documents:,} documents; window {bits.window}, stride {bits.stride}")
     output = folder / f"bits_{split}.json"
-    write_json(output, bits.summary() | {"corpus": dataset.manifest["corpus"]["name"], "data": dataset.fingerprint, "split": split})
+    write_json(output, figures | {"corpus": dataset.manifest["corpus"]["name"], "data": dataset.fingerprint, "split": split})
     print(f"wrote {output}")
 
 
@@ -159,8 +162,9 @@ def study(name: NotebookArgument, settings: SetOption = None, parameters: Parame
 def report(name: NotebookArgument, settings: SetOption = None, parameters: ParameterOption = None) -> None:
     "Run a study and publish it as a page under reports/."
     from stlm.lab.studies import publish_study
-    given = [f"--set {setting}" for setting in settings or []] + [f"--parameter {parameter}" for parameter in parameters or []]
-    print(f"wrote {publish_study(_run_study(name, settings, parameters), shlex.join(['stlm', 'report', name]) + ''.join(f' {g}' for g in given))}")
+    given = [("--set", setting) for setting in settings or []] + [("--parameter", parameter) for parameter in parameters or []]
+    command = shlex.join(["stlm", "report", name, *(word for pair in given for word in pair)])
+    print(f"wrote {publish_study(_run_study(name, settings, parameters), command)}")
 
 # %% ../nbs/90_cli.ipynb #ca024a6e
 def main() -> None:

@@ -4,12 +4,13 @@
 
 # %% auto #0
 __all__ = ['T', 'StlmError', 'did_you_mean', 'atomic_file', 'write_bytes', 'write_text', 'write_json', 'atomic_folder',
-           'fingerprint', 'file_sha256', 'cache_folder', 'project_folder', 'progress']
+           'fingerprint', 'file_sha256', 'bits_of', 'cores', 'cache_folder', 'project_folder', 'progress']
 
 # %% ../nbs/00_foundation.ipynb #1460daee
 import difflib
 import hashlib
 import json
+import math
 import os
 import shutil
 import tempfile
@@ -135,6 +136,18 @@ def file_sha256(path: str | os.PathLike # the file to read
     "SHA-256 of a file's bytes, read in a stream."
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+# %% ../nbs/00_foundation.ipynb #30f7877f
+def bits_of(nats: float, # cost in nats, summed over every scored symbol
+            n_bytes: int # raw UTF-8 bytes that the symbols stand for
+            ) -> float:  # NaN where there are no bytes
+    "Nats over so many bytes as bits per byte."
+    return nats / math.log(2) / n_bytes if n_bytes else math.nan
+
+# %% ../nbs/00_foundation.ipynb #80374293
+def cores() -> int:
+    "Processor cores that this process may use."
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1  # the second on macOS
 
 # %% ../nbs/00_foundation.ipynb #36f481c7
 def cache_folder() -> Path:

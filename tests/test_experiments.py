@@ -54,7 +54,10 @@ def test_impossible_arms_are_refused_before_any_work(inside, overrides):
     assert not (inside / "runs" / "never").exists()
 
 
-@pytest.mark.parametrize("parameters, said", [({"layers": 3}, "layers is not a parameter"), ({"overrides": 3}, "overrides=3 has the wrong type")])
+@pytest.mark.parametrize("parameters, said", [
+    ({"layers": 3}, "layers is not a parameter"),
+    ({"overrides": 3}, "overrides=3 has the wrong type"),
+])
 def test_wrong_parameters_of_a_notebook_are_refused(inside, tmp_path, parameters, said):
     with pytest.raises(StlmError, match=said):
         run_notebook(find_notebook("train"), tmp_path / "out.ipynb", parameters, live=False)
@@ -62,7 +65,8 @@ def test_wrong_parameters_of_a_notebook_are_refused(inside, tmp_path, parameters
 
 
 def test_report_in_one_command(project, overrides):
-    common = {name: value for name, value in overrides.items() if name not in ("data.corpus", "data.tokenizer", "model.context", "train.steps")}
+    own = ("data.corpus", "data.tokenizer", "model.context", "train.steps")  # the study's, or its parameters'
+    common = {name: value for name, value in overrides.items() if name not in own}
     parameters = {"corpus": overrides["data.corpus"], "budget": 4000, "score_bytes": 2000, "seeds": "[0,1]",
                   "overrides": json.dumps(common | {"data.valid_fraction": 0.25})}
     code, output, errors = stlm("report", "quickstart", *[part for name, value in parameters.items() for part in ("-P", f"{name}={value}")],
@@ -87,7 +91,8 @@ def test_the_commands(project, overrides):
     assert code == 0 and Run(project / "mine").metrics["steps"] == 21, "a finished run is shown again"
     code, output, errors = stlm("evaluate", "mine", "--max-bytes", 2000, cwd=project)
     assert code == 0 and "bits per byte" in output and (project / "mine" / "bits_validation.json").exists(), errors
-    code, output, errors = stlm("evaluate", "mine/model", "--split", "test", *settings({"data.corpus": overrides["data.corpus"]}), cwd=project)
+    same = settings({"data.corpus": overrides["data.corpus"]})
+    code, output, errors = stlm("evaluate", "mine/model", "--split", "test", *same, cwd=project)
     assert code == 0, errors
     code, first, errors = stlm("generate", "mine", "The licence", "--max-tokens", 20, cwd=project)
     assert code == 0 and first.startswith("The licence"), errors

@@ -32,15 +32,13 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
-
-import datasets
-import fsspec
-from huggingface_hub import HfApi
-from huggingface_hub.errors import HfHubHTTPError
+from typing import TYPE_CHECKING, Any
 
 from ..config import DataConfig
-from ..foundation import StlmError, atomic_folder, cache_folder, did_you_mean, file_sha256, fingerprint, progress, write_json
+from ..foundation import StlmError, atomic_folder, cache_folder, cores, did_you_mean, file_sha256, fingerprint, progress, write_json
+
+if TYPE_CHECKING:  # imported where they are used: that takes longer than reading a small corpus
+    import datasets
 
 # %% ../../nbs/10_data.corpora.ipynb #78a5b5ac
 @dataclass(frozen=True)
@@ -138,7 +136,7 @@ def _parse_file(file: Path) -> list[list[str]]:
 def _parse_files(files: list[Path]) -> Iterator[list[list[str]]]:
     "Documents of each file in order, computed by parallel processes."
     start = "fork" if sys.platform == "linux" else None  # the quickest start; the workers only read and parse
-    workers = min(os.cpu_count() or 1, 16)
+    workers = min(cores(), 16)
     with ProcessPoolExecutor(workers, multiprocessing.get_context(start), initializer=gc.disable) as pool:
         yield from progress(pool.map(_parse_file, files, chunksize=16), "reading documentation", total=len(files), unit=" files")
 
@@ -241,8 +239,10 @@ def _reading(source: str) -> Iterator[None]:
 
 
 @contextmanager
-def _stream(kind: str, file: Path, **options: Any) -> Iterator[datasets.IterableDataset]:
+def _stream(kind: str, file: Path, **options: Any) -> Iterator["datasets.IterableDataset"]:
     "Open a file with one of the loaders of `datasets`, under a plain name: it takes brackets in a path for patterns or addresses."
+    import datasets
+    import fsspec
     compression = next((ending for ending in _COMPRESSIONS if file.name.lower().endswith(ending)), "")
     with tempfile.TemporaryDirectory() as folder:
         plain = Path(folder) / f"file{_format(file)}"
@@ -318,7 +318,7 @@ def _as_text(value: Any, source: str, column: str) -> str:
     return _valid_unicode(value or "")
 
 # %% ../../nbs/10_data.corpora.ipynb #3581c0fa
-def _read_rows(dataset: datasets.IterableDataset, column: str, source: str) -> Iterator[str]:
+def _read_rows(dataset: "datasets.IterableDataset", column: str, source: str) -> Iterator[str]:
     "One column of a streamed table."
     chosen = ""
     for table in dataset.with_format("arrow").iter(batch_size=256):
@@ -422,6 +422,8 @@ def parse_hub_name(name: str    # a short name, or hub:owner/name[:config][:spli
 # %% ../../nbs/10_data.corpora.ipynb #11febbee
 def _newest_revision(hub: HubSet) -> str:
     "Ask the hub for the commit that a data set is at. Raises `StlmError` where it cannot be had."
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import HfHubHTTPError
     try:
         return str(HfApi().dataset_info(hub.id, timeout=10).sha)
     except HfHubHTTPError as error:
@@ -465,6 +467,7 @@ def group_rows(rows: Iterable[str], # rows of a table
 
 
 def _read_hub(hub: HubSet, revision: str) -> Iterator[str]:
+    import datasets
     _newest_revision(hub)  # fails at once where the loader would try for half a minute
     with _reading(f"data set {hub.id!r} from the hub"):
         dataset = datasets.load_dataset(hub.id, hub.config or None, split=hub.split, revision=revision, streaming=True)

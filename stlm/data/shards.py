@@ -22,7 +22,7 @@ import time
 import warnings
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator
-from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor
+from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass
@@ -35,7 +35,7 @@ import numpy as np
 from ..config import DataConfig
 from .corpora import SPLITS, Corpus, open_corpus, split_documents
 from .tokenizers import Tokenizer, load_tokenizer, open_tokenizer
-from ..foundation import StlmError, atomic_folder, cache_folder, file_sha256, fingerprint, progress, write_json
+from ..foundation import StlmError, atomic_folder, cache_folder, cores, file_sha256, fingerprint, progress, write_json
 
 # %% ../../nbs/12_data.shards.ipynb #12fe2e09
 FORMAT = 1              # raised when the layout on disk changes, so that older data is prepared again
@@ -128,7 +128,7 @@ def encode_all(batches: Iterable[tuple[str, list[str]]], # (split, texts), as fr
     batches = iter(batches)
     first = list(itertools.islice(batches, FEW_CHUNKS))
     if workers is None:
-        workers = 0 if tokenizer.name == "bytes" or len(first) < FEW_CHUNKS else min(len(os.sched_getaffinity(0)), MAX_WORKERS)
+        workers = 0 if tokenizer.name == "bytes" or len(first) < FEW_CHUNKS else min(cores(), MAX_WORKERS)
     batches = itertools.chain(first, batches)
     if workers:
         return _encode_in_workers(batches, folder, workers)
@@ -238,14 +238,10 @@ def write_splits(folder: Path,                          # an empty folder
     tokenizer.save(folder / "tokenizer")
     writers = {split: SplitWriter(folder, split, tokenizer, shard_tokens) for split in SPLITS}
     encoded = encode_all(chunks(documents), tokenizer, folder / "tokenizer", workers)
-    bar = progress(description=f"tokenising ({tokenizer.name})", total=total, unit="B", disable=not show_progress)
-    with closing(encoded), bar, ThreadPoolExecutor(1) as disk:
-        written: Future[Any] = disk.submit(int)  # nothing is being written yet
+    with closing(encoded), progress(description=f"tokenising ({tokenizer.name})", total=total, unit="B", disable=not show_progress) as bar:
         for split, chunk in encoded:
-            written.result()
-            written = disk.submit(writers[split].append, chunk)
+            writers[split].append(chunk)
             bar.update(chunk.n_bytes)
-        written.result()
     splits = {split: writer.close() | {"shard_tokens": shard_tokens} for split, writer in writers.items()}
     files = {name: entry for writer in writers.values() for name, entry in writer.files.items()}
     for path in sorted((folder / "tokenizer").iterdir()):

@@ -4,8 +4,7 @@
 
 # %% auto #0
 __all__ = ['PALETTE', 'INK', 'SOFT', 'FAINT', 'X', 'PARTS', 'style', 'png', 'show', 'spread', 'learning_curves',
-           'learning_curves_by_bytes_and_time', 'loss_curve', 'parts', 'short', 'draw_parts', 'parameter_bars',
-           'intervals']
+           'learning_curves_by_bytes_and_time', 'loss_curve', 'parts', 'short', 'parameter_bars', 'intervals']
 
 # %% ../../nbs/70_lab.plots.ipynb #1b45b592
 import base64
@@ -74,7 +73,7 @@ def spread(positions: Sequence[float], # where the labels would like to be
            gap: float                  # how far apart they must be
            ) -> list[float]:           # where they are put, in the order given
     "Move labels apart, each as little as possible (least squares)."
-    order = sorted(range(len(positions)), key=positions.__getitem__)
+    order = sorted(range(len(positions)), key=lambda index: positions[index])
     groups: list[tuple[float, int]] = []  # mean of the group with the gaps taken out, and its size
     for rank, index in enumerate(order):
         mean, size = positions[index] - rank * gap, 1
@@ -104,10 +103,11 @@ def _label_ends(axis: Axes,
                       arrowprops=dict(arrowstyle="-", color=colour, linewidth=0.8, alpha=0.5, relpos=(0, 0.5), shrinkA=2, shrinkB=4))
 
 # %% ../../nbs/70_lab.plots.ipynb #a9098205
-_UNITS = {"bytes": [(1, "bytes"), (1e3, "kB"), (1e6, "MB"), (1e9, "GB"), (1e12, "TB")],
-          "seconds": [(1, "seconds"), (60, "minutes"), (3600, "hours"), (86400, "days")]}
-_AXES = {"bytes": "text read", "seconds": "time of training"}
 X = Literal["bytes", "seconds"]
+_UNITS: dict[X, list[tuple[float, str]]] = {
+    "bytes": [(1, "bytes"), (1e3, "kB"), (1e6, "MB"), (1e9, "GB"), (1e12, "TB")],
+    "seconds": [(1, "seconds"), (60, "minutes"), (3600, "hours"), (86400, "days")]}
+_AXES = {"bytes": "text read", "seconds": "time of training"}
 
 
 def _unit(kind: X,       # what is counted
@@ -226,7 +226,7 @@ def loss_curve(log: pd.DataFrame,                       # as `Run.log` reads it
     return figure
 
 # %% ../../nbs/70_lab.plots.ipynb #04a79081
-PARTS = {"embedding": "#0b5fa5", "untied head": "#5f97c9", "attention": "#b8480f", "feed-forward": "#00785a", "norms": "#68727d"}
+PARTS = {"embedding": "#0b5fa5", "untied head": "#4580b6", "attention": "#b8480f", "feed-forward": "#00785a", "norms": "#68727d"}
 
 
 def parts(figures: Account # of `model.accounting.account`
@@ -241,29 +241,28 @@ def short(number: float # a count
     "A count as people say it: `49.9 M`."
     for size, unit in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
         if abs(number) >= 0.9995 * size:
-            return f"{number / size:#.3g}".rstrip(".") + f" {unit}"
+            return f"{number / size:.3g} {unit}"
     return f"{number:.0f}" if number == int(number) else f"{number:.3g}"
 
 # %% ../../nbs/70_lab.plots.ipynb #cb6f51bc
-def draw_parts(axis: Axes,
-               rows: Mapping[str, Mapping[str, float]], # name of the bar -> part -> parameters
-               faded: Sequence[str] = (),               # bars in the background
-               ink: str = INK,                          # colour of names and totals
-               size: float = 10.5                       # of the letters, in points
-               ) -> None:
+def _draw_parts(axis: Axes,
+                rows: Mapping[str, Mapping[str, float]], # name of the bar -> part -> parameters
+                size: float = 10.5                       # of the letters, in points
+                ) -> None:
     "Stacked horizontal bars with a number in every segment that has room for it, and the total at the end."
     inches = cast(Figure, axis.figure).get_size_inches()[0] * axis.get_position().width
     longest = max((sum(row.values()) for row in rows.values()), default=0) or 1
     letters = inches * 72 / (0.62 * size)  # how many fit into the longest bar
+    write: dict[str, Any] = {"va": "center_baseline", "size": size}
     for place, (name, row) in enumerate(rows.items()):
         left = 0.0
         for part, number in row.items():
-            axis.barh(place, number, left=left, height=0.7, color=PARTS[part], alpha=0.4 if name in faded else 1, edgecolor="none")
+            axis.barh(place, number, left=left, height=0.7, color=PARTS[part], edgecolor="none")
             if number / longest * letters > len(short(number)) + 1.5:
-                axis.text(left + number / 2, place, short(number), ha="center", va="center_baseline", color="white", size=size)
+                axis.text(left + number / 2, place, short(number), ha="center", color="white", **write)
             left += number
-        axis.text(left + 0.012 * longest, place, short(left), va="center_baseline", color=ink, size=size, weight="bold")
-        axis.text(-0.012 * longest, place, name, ha="right", va="center_baseline", color=ink, size=size)
+        axis.text(left + 0.012 * longest, place, short(left), color=INK, weight="bold", **write)
+        axis.text(-0.012 * longest, place, name, ha="right", color=INK, **write)
     axis.set(xlim=(0, longest), ylim=(len(rows) - 0.5, -0.5))
     axis.set_axis_off()
 
@@ -279,7 +278,7 @@ def parameter_bars(accounts: Mapping[str, Account],           # name -> what the
         width, height = figure.get_size_inches()
         left = (max(map(len, names), default=0) * 7.2 + 14) / 72 / width
         axis = figure.add_axes((left, 0.02, 1 - left - 0.78 / width, 1 - 0.42 / height))
-        draw_parts(axis, {name: parts(figures) for name, figures in accounts.items()})
+        _draw_parts(axis, {name: parts(figures) for name, figures in accounts.items()})
         _key(figure, [part for part in PARTS if any(parts(a)[part] > 0.005 * a.unique_parameters for a in accounts.values())], left)
     return figure
 

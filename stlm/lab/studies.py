@@ -8,7 +8,6 @@ __all__ = ['check_parameters', 'run_notebook', 'find_notebook', 'StudyRun', 'Stu
 
 # %% ../../nbs/72_lab.studies.ipynb #c1091216
 import json
-import math
 import subprocess
 import sys
 import tempfile
@@ -26,7 +25,7 @@ import yaml
 from ..config import ConfigError, RunConfig, coerce, preset
 from ..data.shards import Dataset, prepare
 from ..evaluate.bits import bits_per_byte
-from ..foundation import StlmError, did_you_mean, progress, project_folder, write_json, write_text
+from ..foundation import StlmError, bits_of, did_you_mean, progress, project_folder, write_json, write_text
 from ..hardware import describe
 from .reports import publish
 from .statistics import difference_over_documents, difference_over_seeds, in_words
@@ -180,11 +179,12 @@ class Study:
         if not first:
             return f"{arm} and {baseline} cannot be compared: no seed of both has finished."
         before, after = ([score_run(planned.run, max_bytes) for planned in runs] for runs in (first, second))
-        nats = [np.mean([scores["nats"] for scores in side], axis=0) for side in (before, after)]
-        said = [in_words(arm, baseline, difference_over_documents(*nats, before[0]["n_bytes"]), "documents")]
+        nats_before, nats_after = (np.mean([scores["nats"] for scores in side], axis=0) for side in (before, after))
+        difference = difference_over_documents(nats_before, nats_after, before[0]["n_bytes"])
+        said = [in_words(arm, baseline, difference, "documents")]
         if len(first) > 1:
-            bits = [[summarise(scores)["bits_per_byte"] for scores in side] for side in (before, after)]
-            said.append(in_words(arm, baseline, difference_over_seeds(*bits), f"{len(first)} seeds"))
+            bits_before, bits_after = ([summarise(scores)["bits_per_byte"] for scores in side] for side in (before, after))
+            said.append(in_words(arm, baseline, difference_over_seeds(bits_before, bits_after), f"{len(first)} seeds"))
         return " ".join(said)
 
     def _common(self, baseline: str, arm: str) -> tuple[list[StudyRun], list[StudyRun]]:
@@ -194,15 +194,21 @@ class Study:
         return [sides[0][seed] for seed in seeds], [sides[1][seed] for seed in seeds]
 
 # %% ../../nbs/72_lab.studies.ipynb #a6c0d2e3
+_PAPERMILL = """import os, sys, threading
+threading.Thread(target=lambda: (sys.stdin.read(), os._exit(1)), daemon=True).start()
+from papermill.__main__ import papermill
+papermill()"""
+
+
 def run_in_process(planned: StudyRun) -> None:
     "Train one run through `train.ipynb` in a process of its own. Raises `StlmError` with the reason when it fails."
     folder = planned.run.folder
     folder.mkdir(parents=True, exist_ok=True)
     output = folder / "papermill.log"
     parameters = yaml.safe_dump({"base": planned.base, "overrides": planned.overrides, "folder": str(folder)})
-    command = [sys.executable, "-m", "papermill", str(find_notebook("train")), str(folder / "notebook.ipynb"),
+    command = [sys.executable, "-c", _PAPERMILL, str(find_notebook("train")), str(folder / "notebook.ipynb"),
                "--cwd", str(project_folder()), "--no-progress-bar", "--kernel", "python3", "--parameters_yaml", parameters]
-    with open(output, "w") as log, subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT) as process:
+    with open(output, "w") as log, subprocess.Popen(command, stdin=subprocess.PIPE, stdout=log, stderr=subprocess.STDOUT) as process:
         try:
             _watch(process, planned)
         except BaseException:
@@ -264,7 +270,7 @@ def summarise(scores: pd.DataFrame # one row a document: n_bytes, nats
               ) -> dict[str, Any]:
     "The figures of a table from the scores of documents."
     size = int(scores["n_bytes"].sum())
-    return {"bits_per_byte": scores["nats"].sum() / math.log(2) / size, "scored_bytes": size, "scored_documents": len(scores)}
+    return {"bits_per_byte": bits_of(scores["nats"].sum(), size), "scored_bytes": size, "scored_documents": len(scores)}
 
 # %% ../../nbs/72_lab.studies.ipynb #0c3bce1f
 def measure_speed(configs: Mapping[str, RunConfig], # by arm

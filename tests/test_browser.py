@@ -1,0 +1,132 @@
+"""The explorer in a real JupyterLab, driven by a real browser: a slider moves, the numbers follow."""
+
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from stlm.config import preset
+from stlm.lab.explorer import command, parameters_cell
+from stlm.model.accounting import account
+
+ROOT = Path(__file__).resolve().parents[1]
+pytestmark = pytest.mark.browser
+
+
+@pytest.fixture(autouse=True)
+def a_browser_in_ci() -> None:
+    "Where everything must run, a missing browser is a failure: this comes before the skip of the `browser` fixture."
+    if os.environ.get("CI") and not any(map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))):
+        pytest.fail("CI is set and no Chromium is installed")
+
+
+def free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return listener.getsockname()[1]
+
+
+def is_up(address: str) -> bool:
+    try:
+        with urllib.request.urlopen(f"{address}/api?token=t", timeout=5) as answer:
+            return answer.status == 200
+    except (urllib.error.URLError, OSError):
+        return False
+
+
+@pytest.fixture
+def lab(tmp_path: Path) -> Iterator[str]:
+    "The address of a JupyterLab with settings of its own, on a copy of the notebook."
+    shutil.copy(ROOT / "nbs" / "explore" / "architecture.ipynb", tmp_path)
+    own = {f"JUPYTER{name}_DIR": str(tmp_path / f".{name}") for name in ("_CONFIG", "_RUNTIME", "LAB_SETTINGS", "LAB_WORKSPACES")}
+    quiet = tmp_path / ".LAB_SETTINGS" / "@jupyterlab" / "apputils-extension" / "notification.jupyterlab-settings"
+    quiet.parent.mkdir(parents=True)
+    quiet.write_text('{"fetchNews": "false", "checkForUpdates": false}')
+    address = f"http://127.0.0.1:{(port := free_port())}"
+    flags = ["--no-browser", "--allow-root", f"--ServerApp.port={port}", "--ServerApp.port_retries=0", "--IdentityProvider.token=t",
+             "--LabApp.expose_app_in_browser=True", f"--ServerApp.root_dir={tmp_path}"]
+    with open(tmp_path / "server.txt", "w") as log:
+        server = subprocess.Popen([sys.executable, "-m", "jupyterlab", *flags], env=os.environ | own, cwd=tmp_path, stdout=log, stderr=log)
+    try:
+        end = time.monotonic() + 120
+        while not is_up(address):
+            assert server.poll() is None and time.monotonic() < end, (tmp_path / "server.txt").read_text()
+            time.sleep(0.2)
+        yield address
+    finally:
+        server.terminate()  # ends its kernels, too
+        server.wait(60)
+
+
+def control(page, name: str):
+    "The widget with this label."
+    return page.locator(f".stlm-explorer .jupyter-widgets:has(> .widget-label:text-is('{name}'))")
+
+
+def press(page, name: str, key: str) -> None:
+    "Move a slider with the keyboard."
+    handle = control(page, name).locator(".noUi-handle")
+    handle.focus()
+    handle.press(key)
+
+
+def test_the_explorer_answers_in_a_real_jupyterlab(browser, lab: str) -> None:
+    from playwright.sync_api import expect
+    expect.set_options(timeout=60_000)
+    page = browser.new_page(viewport={"width": 1400, "height": 1000})
+    page.set_default_timeout(120_000)
+    page.goto(f"{lab}/lab/tree/architecture.ipynb?token=t&reset")
+    page.wait_for_selector(".jp-Notebook-ExecutionIndicator[data-status=idle]")
+    page.evaluate("window.jupyterapp.commands.execute('application:toggle-left-area')")
+    page.evaluate("window.jupyterapp.commands.execute('notebook:run-all-cells')")
+    page.wait_for_selector(".stlm-explorer .card")
+
+    def expect_numbers(**changes: object) -> None:
+        figures = account(preset("stlm-50m", {name.replace("__", "."): value for name, value in changes.items()}).model)
+        card = ".stlm-explorer .card[data-figure=unique_parameters] .detail"
+        expect(page.locator(card)).to_have_text(f"{figures.unique_parameters:,} weights to keep")
+        expect(page.locator(".stlm-explorer .bars")).to_have_attribute("aria-label", re_executed(figures.executed_parameters))
+
+    expect_numbers()
+    press(page, "Layers", "ArrowRight")
+    expect_numbers(model__n_layers=9)
+    control(page, "In each layer").locator("select").select_option(label="one for all")
+    expect_numbers(model__n_layers=9, model__ffn_sharing="all")
+    expect(page.locator(".stlm-explorer .note")).to_contain_text("Sharing saves memory, not time.")
+
+    changes = {"model.n_layers": 9, "model.ffn_sharing": "all"}
+    page.get_by_role("button", name="Write parameters").click()
+    cell, shell = page.locator(".stlm-explorer textarea").all()
+    expect(cell).to_have_value(parameters_cell("stlm-50m", changes))
+    expect(shell).to_have_value(command("stlm-50m", changes))
+    take_pictures(page)
+
+    press(page, "Heads", "ArrowRight")  # 17 heads: the key/value heads must move as well, or the model is impossible
+    expect(page.locator(".stlm-explorer")).to_contain_text("17 heads of 32")
+    control(page, "Preset").locator("select").select_option("demo-bytes")
+    expect(cell).to_have_value('base = "demo-bytes"\noverrides = {}')
+    expect(page.locator(".stlm-explorer .delta")).to_have_count(0)
+    assert page.locator(".stlm-explorer .bad, .jp-OutputArea-output[data-mime-type*=stderr]").count() == 0
+
+
+def re_executed(parameters: int):
+    import re
+    return re.compile(f"executed {parameters:,} parameters")
+
+
+def take_pictures(page) -> None:
+    "What a user sees, in both themes, as artefacts."
+    (ROOT / "artifacts").mkdir(exist_ok=True)
+    page.locator(".stlm-explorer .head").scroll_into_view_if_needed()
+    for theme, name in (("JupyterLab Dark", "explorer-dark"), ("JupyterLab Light", "explorer")):
+        page.evaluate(f"window.jupyterapp.commands.execute('apputils:change-theme', {{theme: '{theme}'}})")
+        page.wait_for_function(f"document.body.dataset.jpThemeName === '{theme}'")
+        page.screenshot(path=ROOT / "artifacts" / f"{name}.png")
