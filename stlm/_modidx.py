@@ -321,6 +321,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '', 'doc_host': '', 'git_url
                                    'stlm.lab.explorer._make_controls': ('lab.explorer.html#_make_controls', 'stlm/lab/explorer.py'),
                                    'stlm.lab.explorer._named': ('lab.explorer.html#_named', 'stlm/lab/explorer.py'),
                                    'stlm.lab.explorer._one_two_five': ('lab.explorer.html#_one_two_five', 'stlm/lab/explorer.py'),
+                                   'stlm.lab.explorer._round': ('lab.explorer.html#_round', 'stlm/lab/explorer.py'),
                                    'stlm.lab.explorer._speeds': ('lab.explorer.html#_speeds', 'stlm/lab/explorer.py'),
                                    'stlm.lab.explorer._texts': ('lab.explorer.html#_texts', 'stlm/lab/explorer.py'),
                                    'stlm.lab.explorer._title': ('lab.explorer.html#_title', 'stlm/lab/explorer.py'),

@@ -1,6 +1,7 @@
 """The explorer in a real JupyterLab, driven by a real browser: a slider moves, the numbers follow."""
 
 import os
+import re
 import shutil
 import socket
 import subprocess
@@ -66,6 +67,11 @@ def lab(tmp_path: Path) -> Iterator[str]:
         server.wait(60)
 
 
+def execute(page, name: str, **arguments: str) -> None:
+    "Start a command of JupyterLab; what it does is waited for by what it shows."
+    page.evaluate("([name, given]) => { window.jupyterapp.commands.execute(name, given) }", [name, arguments])
+
+
 def control(page, name: str):
     "The widget with this label."
     return page.locator(f".stlm-explorer .jupyter-widgets:has(> .widget-label:text-is('{name}'))")
@@ -80,25 +86,25 @@ def press(page, name: str, key: str) -> None:
 
 def test_the_explorer_answers_in_a_real_jupyterlab(browser, lab: str) -> None:
     from playwright.sync_api import expect
-    expect.set_options(timeout=60_000)
+    expect.set_options(timeout=30_000)
     page = browser.new_page(viewport={"width": 1400, "height": 1000})
-    page.set_default_timeout(120_000)
+    page.set_default_timeout(60_000)
     page.goto(f"{lab}/lab/tree/architecture.ipynb?token=t&reset")
-    page.wait_for_selector(".jp-Notebook-ExecutionIndicator[data-status=idle]")
-    page.evaluate("window.jupyterapp.commands.execute('application:toggle-left-area')")
-    page.evaluate("window.jupyterapp.commands.execute('notebook:run-all-cells')")
+    page.wait_for_function("window.jupyterapp?.shell.currentWidget?.sessionContext?.session?.kernel?.status === 'idle'")
+    execute(page, "application:toggle-left-area")
+    execute(page, "notebook:run-all-cells")
     page.wait_for_selector(".stlm-explorer .card")
 
     def expect_numbers(**changes: object) -> None:
         figures = account(preset("stlm-50m", {name.replace("__", "."): value for name, value in changes.items()}).model)
-        card = ".stlm-explorer .card[data-figure=unique_parameters] .detail"
-        expect(page.locator(card)).to_have_text(f"{figures.unique_parameters:,} weights to keep")
-        expect(page.locator(".stlm-explorer .bars")).to_have_attribute("aria-label", re_executed(figures.executed_parameters))
+        card, bars = page.locator(".stlm-explorer .card[data-figure=unique_parameters]"), page.locator(".stlm-explorer .bars")
+        expect(card.locator(".detail")).to_have_text(f"{figures.unique_parameters:,} weights to keep")
+        expect(bars).to_have_attribute("aria-label", re.compile(f"executed {figures.executed_parameters:,} parameters"))
 
     expect_numbers()
     press(page, "Layers", "ArrowRight")
     expect_numbers(model__n_layers=9)
-    control(page, "In each layer").locator("select").select_option(label="one for all")
+    control(page, "Sharing").locator("select").select_option(label="one for all layers")
     expect_numbers(model__n_layers=9, model__ffn_sharing="all")
     expect(page.locator(".stlm-explorer .note")).to_contain_text("Sharing saves memory, not time.")
 
@@ -117,16 +123,12 @@ def test_the_explorer_answers_in_a_real_jupyterlab(browser, lab: str) -> None:
     assert page.locator(".stlm-explorer .bad, .jp-OutputArea-output[data-mime-type*=stderr]").count() == 0
 
 
-def re_executed(parameters: int):
-    import re
-    return re.compile(f"executed {parameters:,} parameters")
-
-
 def take_pictures(page) -> None:
     "What a user sees, in both themes, as artefacts."
     (ROOT / "artifacts").mkdir(exist_ok=True)
-    page.locator(".stlm-explorer .head").scroll_into_view_if_needed()
+    page.locator(".stlm-explorer").evaluate("app => app.scrollIntoView({block: 'center'})")
     for theme, name in (("JupyterLab Dark", "explorer-dark"), ("JupyterLab Light", "explorer")):
-        page.evaluate(f"window.jupyterapp.commands.execute('apputils:change-theme', {{theme: '{theme}'}})")
+        execute(page, "apputils:change-theme", theme=theme)
         page.wait_for_function(f"document.body.dataset.jpThemeName === '{theme}'")
+        page.wait_for_selector("#jupyterlab-splash", state="detached")
         page.screenshot(path=ROOT / "artifacts" / f"{name}.png")

@@ -123,7 +123,7 @@ _CSS = """<style>
 .stlm-explorer .bar i:first-child { border-radius: 4px 0 0 4px; } .stlm-explorer .bar b { margin-left: 8px; white-space: nowrap; }
 .stlm-explorer .bar.faded i { height: 18px; line-height: 18px; opacity: .5; }
 .stlm-explorer .bar.faded b { font-weight: 400; color: var(--soft); }
-.stlm-explorer .cards { display: grid; grid-template-columns: repeat(auto-fit, minmax(205px, 1fr)); gap: 10px; }
+.stlm-explorer .cards { display: grid; grid-template-columns: repeat(auto-fit, minmax(max(215px, 30%), 1fr)); gap: 10px; }
 .stlm-explorer .card { border: 1px solid var(--line); border-radius: 8px; padding: 10px 14px 11px; background: var(--paper); }
 .stlm-explorer .card .what { display: flex; justify-content: space-between; align-items: center; gap: 8px;
   color: var(--soft); min-height: 20px; }
@@ -139,6 +139,7 @@ _CSS = """<style>
 .stlm-explorer .widget-readout { min-width: 62px; text-align: right; color: var(--ink); }
 .stlm-explorer .wide .widget-readout { min-width: 96px; }
 .stlm-explorer .widget-html, .stlm-explorer .widget-html-content { line-height: inherit; height: auto; margin: 0; }
+.stlm-explorer .widget-textarea { margin: 0; }
 .stlm-explorer .widget-textarea textarea { font: 12.5px/1.5 var(--jp-code-font-family, monospace); }
 .stlm-explorer .noUi-handle:focus-visible { outline: 2px solid var(--jp-brand-color1, #0b5fa5); outline-offset: 2px; }
 </style>"""
@@ -168,9 +169,9 @@ def bars(now: Mapping[str, Any],    # `summary` of what the controls say
 def key(now: Mapping[str, Any] # `summary` of what the controls say
         ) -> str:              # HTML
     "The colours of the bars, with what each part stores."
-    total = now["unique_parameters"]
-    words = [f'<span><i style="background:{PARTS[part]}"></i>{part} <span class="soft">{short(size)} · {size / total:.1%}</span></span>'
-             for part, size in now["stored"].items() if size]
+    shares = {part: size / now["unique_parameters"] for part, size in now["stored"].items() if size}
+    words = [f'<span><i style="background:{PARTS[part]}"></i>{part} <span class="soft">{short(now["stored"][part])} · '
+             f'{f"{share:.1%}" if share >= 0.001 else "&lt; 0.1%"}</span></span>' for part, share in shares.items()]
     return f'<div class="key">{"".join(words)}</div>'
 
 # %% ../../nbs/73_lab.explorer.ipynb #2e889571
@@ -185,7 +186,7 @@ def _delta(now: float, before: float) -> str: # how a number differs from the pr
     ratio = now / before
     if math.isclose(ratio, 1, rel_tol=5e-4):
         return ""
-    percent = f"{ratio - 1:+.1%}".replace("-", "−").replace("%", " %")
+    percent = f"{ratio - 1:+.1%}".replace("-", "−")
     words = percent if 0.1 < ratio < 2 else f"× {ratio:.2g}" if ratio < 100 else f"× {ratio:,.0f}"
     return f'<span class="delta {"less" if ratio < 1 else "more"}" title="compared with the preset">{words}</span>'
 
@@ -252,7 +253,7 @@ def _one_two_five(low: float, high: float) -> list[float]: # round numbers from 
     return [digit * 10.0 ** decade for decade in decades for digit in (1, 2, 5) if digit * 10.0 ** decade <= high]
 
 
-_SHARING = {"none": "each its own", "all": "one for all"}
+_SHARING = {"none": "each layer its own", "all": "one for all layers"}
 _POSITIONS = {"rope": "RoPE", "learned": "learned", "sinusoidal": "sinusoidal", "alibi": "ALiBi", "none": "none"}
 _MACHINES = {312e12: "A100", 989e12: "H100"}  # dense bf16, from their data sheets
 
@@ -261,13 +262,17 @@ def _named(values: Any, names: Mapping[str, str]) -> list[tuple[str, str]]:
     return [(names.get(value, value), value) for value in get_args(values)]
 
 
+def _round(number: float) -> str: # a round number without its zeros
+    return short(number).replace(".00 ", " ").replace(".0 ", " ")
+
+
 def _texts(planned: float) -> list[tuple[str, float]]:
-    return [(f"{short(size)}B", size) for size in _with(_one_two_five(1e5, 1e12), planned)]
+    return [(f"{_round(size)}B", size) for size in _with(_one_two_five(1e5, 1e12), planned)]
 
 
 def _speeds(measured: float) -> list[tuple[str, float]]:
     names = _MACHINES | {measured: "here"}
-    return [(f"{short(speed)} {names.get(speed, '')}".strip(), speed) for speed in _with(_one_two_five(1e10, 1e15), *names)]
+    return [(f"{_round(speed)} {names.get(speed, '')}".strip(), speed) for speed in _with(_one_two_five(1e10, 1e15), *names)]
 
 
 def _divisors(number: int) -> list[int]:
@@ -296,7 +301,7 @@ def _make_controls(start: Mapping[str, Any], # name of the control -> its value,
         "ffn": _control(menu, "Kind", "model.ffn: SwiGLU has three matrices, the others two", options=_named(Ffn, _FFN)),
         "ffn_ratio": _control(widgets.FloatSlider, "Width ratio", "model.d_ff / model.d_model", min=0.5, max=8, step=0.1,
                               readout_format=".1f"),
-        "ffn_sharing": _control(menu, "In each layer", "model.ffn_sharing", options=_named(FfnSharing, _SHARING)),
+        "ffn_sharing": _control(menu, "Sharing", "model.ffn_sharing", options=_named(FfnSharing, _SHARING)),
         "text": _control(slide, "Text", "raw bytes of text to train on", options=_texts(start["text"])),
         "peak": _control(slide, "FLOP/s", "what the hardware can do at best", options=_speeds(start["peak"])),
         "utilisation": _control(widgets.FloatSlider, "Of it in use", "MFU: the share that training reaches", min=0.05, max=1, step=0.05,
@@ -328,7 +333,7 @@ class Explorer:
         self._resting = True
         self.controls = _make_controls(start)
         self.head, self.picture, self.numbers, self.words = (widgets.HTML() for _ in range(4))
-        self.button = widgets.Button(description="Write parameters", icon="pencil", button_style="primary",
+        self.button = widgets.Button(description="Write parameters", icon="pencil", button_style="primary", layout={"width": "max-content"},
                                      tooltip="as a papermill cell and as a command")
         self.cell, self.shell = (widgets.Textarea(layout={"width": "100%", "height": height}) for height in ("150px", "64px"))
         self.written = widgets.VBox(layout={"display": "none"})
@@ -349,7 +354,7 @@ class Explorer:
         groups += [self._panel([_html("group", title), *(self.controls[name] for name in names)]) for title, names in _GROUPS.items()]
         for name in ("text", "peak"):
             self.controls[name].add_class("wide")
-        left = widgets.VBox(groups, layout={"flex": "0 1 340px", "min_width": "300px", "grid_gap": "10px"})
+        left = widgets.VBox(groups, layout={"flex": "0 1 360px", "min_width": "300px", "grid_gap": "10px"})
         self.written.children = [_html("soft", "A cell for <code>nbs/experiments/train.ipynb</code>"), self.cell,
                                  _html("soft", "The same on the command line"), self.shell]
         right = widgets.VBox([self.head, self._panel([self.picture]), self.numbers, self.words, self.button, self.written],
@@ -420,7 +425,7 @@ class Explorer:
     def redraw(self) -> None:
         "Show what the controls say."
         values = self.values
-        self.controls["vocabulary"].disabled = values["family"] != "bpe"
+        self.controls["vocabulary"].layout.display = None if values["family"] == "bpe" else "none"
         try:
             config, changes = self.config, self.overrides
         except StlmError as error:

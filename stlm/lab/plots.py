@@ -241,7 +241,7 @@ def short(number: float # a count
     "A count as people say it: `49.9 M`."
     for size, unit in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
         if abs(number) >= 0.9995 * size:
-            return f"{number / size:.3g} {unit}"
+            return f"{number / size:#.3g}".rstrip(".") + f" {unit}"
     return f"{number:.0f}" if number == int(number) else f"{number:.3g}"
 
 # %% ../../nbs/70_lab.plots.ipynb #cb6f51bc
