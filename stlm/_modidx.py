@@ -609,6 +609,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '', 'doc_host': '', 'git_url
                                     'stlm.train.records._difference': ('train.records.html#_difference', 'stlm/train/records.py'),
                                     'stlm.train.records._is_locked': ('train.records.html#_is_locked', 'stlm/train/records.py'),
                                     'stlm.train.records._read_json': ('train.records.html#_read_json', 'stlm/train/records.py'),
+                                    'stlm.train.records._remove_leftovers': ( 'train.records.html#_remove_leftovers',
+                                                                              'stlm/train/records.py'),
                                     'stlm.train.records.append_log': ('train.records.html#append_log', 'stlm/train/records.py'),
                                     'stlm.train.records.begin': ('train.records.html#begin', 'stlm/train/records.py'),
                                     'stlm.train.records.cut_log': ('train.records.html#cut_log', 'stlm/train/records.py'),

@@ -9,7 +9,6 @@ __all__ = ['available_devices', 'pick_device', 'pick_precision', 'peak_flops', '
 import os
 import platform
 import resource
-import statistics
 import subprocess
 import sys
 import time
@@ -63,12 +62,12 @@ def _synchronize(device: torch.device) -> None:
 def peak_flops(device: torch.device, # where to measure
                dtype: torch.dtype    # of the matrices
                ) -> float:           # floating-point operations a second
-    "Measured peak of matrix products, two operations for each multiply-add; measured once in a process."
+    "Measured peak of matrix products, two operations for each multiply-add: the fastest of several, once in a process."
     matrix = _busy_matrix(device, dtype)
     seconds: list[float] = []
     while len(seconds) < 5 or sum(seconds) < 0.2:
         seconds.append(_product_seconds(matrix))
-    return 2 * len(matrix) ** 3 / statistics.median(seconds)
+    return 2 * len(matrix) ** 3 / min(seconds)
 
 
 def _busy_matrix(device: torch.device, dtype: torch.dtype) -> torch.Tensor: # large enough that a product takes 15 ms, or (8192, 8192)

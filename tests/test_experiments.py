@@ -91,7 +91,7 @@ def test_the_commands(project, overrides):
     assert code == 0 and Run(project / "mine").metrics["steps"] == 21, "a finished run is shown again"
     code, output, errors = stlm("evaluate", "mine", "--max-bytes", 2000, cwd=project)
     assert code == 0 and "bits per byte" in output and (project / "mine" / "bits_validation.json").exists(), errors
-    same = settings({"data.corpus": overrides["data.corpus"]})
+    same = settings({name: value for name, value in overrides.items() if name.startswith("data.")})
     code, output, errors = stlm("evaluate", "mine/model", "--split", "test", *same, cwd=project)
     assert code == 0, errors
     code, first, errors = stlm("generate", "mine", "The licence", "--max-tokens", 20, cwd=project)

@@ -126,6 +126,9 @@ def _points(log: pd.DataFrame, x: str, y: str) -> tuple[np.ndarray, np.ndarray]:
 
 def _mean_curve(curves: list[tuple[np.ndarray, np.ndarray]]) -> tuple[np.ndarray, np.ndarray]:
     first, last = max(x[0] for x, _ in curves), min(x[-1] for x, _ in curves)
+    if first > last:  # nothing is common, as with a few points at different times: take the points one by one
+        shortest = min(len(x) for x, _ in curves)
+        return np.mean([x[:shortest] for x, _ in curves], axis=0), np.mean([y[:shortest] for _, y in curves], axis=0)
     grid = np.unique(np.concatenate([x[(first <= x) & (x <= last)] for x, _ in curves]))
     return grid, np.mean([np.interp(grid, *curve) for curve in curves], axis=0)
 

@@ -67,5 +67,6 @@ def in_words(second: str,            # the arm in question
     if difference.is_none:
         return (f"No difference between {second} and {first} can be claimed "
                 f"({difference} bits per byte, {difference.confidence:.0%} over {over}).")
-    return (f"{second} needs {abs(difference.value):.3f} bits per byte {'more' if difference.value > 0 else 'less'} than {first} "
+    way = "more" if difference.value > 0 else "less"
+    return (f"{second[:1].upper()}{second[1:]} needs {abs(difference.value):.3f} bits per byte {way} than {first} "
             f"({difference}, {difference.confidence:.0%} over {over}).")

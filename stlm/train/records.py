@@ -8,6 +8,7 @@ __all__ = ['Run', 'find_runs', 'read_log', 'append_log', 'cut_log', 'locked', 'b
 # %% ../../nbs/43_train.records.ipynb #4b7dc9dd
 import fcntl
 import json
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -144,7 +145,17 @@ def locked(run: Run            # the folder is created
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise StlmError(f"{run.folder} is being trained by another process") from None
+        _remove_leftovers(run.folder)
         yield
+
+
+def _remove_leftovers(folder: Path) -> None:
+    "Delete what a killed writer left half-written; nobody else writes here while the lock is held."
+    for leftover in list(folder.rglob(".*.tmp")):
+        if leftover.is_dir():
+            shutil.rmtree(leftover)
+        else:
+            leftover.unlink(missing_ok=True)
 
 # %% ../../nbs/43_train.records.ipynb #0ac6f169
 def begin(run: Run,                   # a new or a stopped run
