@@ -18,7 +18,7 @@ from .config import PRESETS, RunConfig, parse_overrides, preset
 from .foundation import StlmError, project_folder, write_json
 
 # %% ../nbs/90_cli.ipynb #35d5b027
-app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode="rich",
+app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None,
                   help="A research workbench for super tiny language models: prepare text, train, evaluate, compare, publish.")
 
 PresetOption = Annotated[str, typer.Option("--preset", "-p", help=f"Starting point: {', '.join(PRESETS)}.")]
