@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from stlm.config import Ffn, FfnSharing, ModelConfig, Norm, Positions
+from stlm.config import Ffn, ModelConfig, Norm, Positions, Sharing, SharingConfig
 from stlm.foundation import StlmError
 from stlm.model.accounting import account
 from stlm.model.lm import LanguageModel
@@ -16,18 +16,31 @@ from stlm.model.lm import LanguageModel
 T, V = 16, 61
 COMBINATIONS = [
     # norms on queries and keys and the tied head come and go in steps of 7 and 11, so that they meet every value of the others
-    dict(n_kv_heads=n_kv_heads, positions=positions, norm=norm, ffn=ffn, ffn_sharing=sharing,
-         qk_norm=number % 7 < 4, tied_head=number % 11 < 6)
-    for number, (n_kv_heads, positions, norm, ffn, sharing) in enumerate(itertools.product(
-        (1, 3, 6), get_args(Positions), get_args(Norm), get_args(Ffn), get_args(FfnSharing)))
+    dict(n_kv_heads=n_kv_heads, positions=positions, norm=norm, ffn=ffn, qk_norm=number % 7 < 4, tied_head=number % 11 < 6)
+    for number, (n_kv_heads, positions, norm, ffn) in enumerate(itertools.product(
+        (1, 3, 6), get_args(Positions), get_args(Norm), get_args(Ffn)))
+] + [
+    # every pattern of both parts; everything else of sharing comes and goes beside it in steps that share no divisor
+    dict(sharing=SharingConfig(ffn, attention, times=2 + number % 2, free_ends=number % 3 // 2, lora_rank=number % 4, lora_scale=2.0,
+                               loop_layers=number % 7 // 2, loops=2 + number % 8 // 6),
+         n_layers=5, positions=get_args(Positions)[(number + number // 5) % 5], qk_norm=number % 11 < 6,
+         embedding_rank=number % 9 // 6 * 7, tied_head=number % 13 < 7)
+    for number, (ffn, attention) in enumerate(itertools.product(get_args(Sharing), get_args(Sharing)))
 ]
+
+
+SHARED = SharingConfig("all", "reverse", free_ends=1, lora_rank=3, loop_layers=2)  # something of everything
 
 
 def small_model(**switches) -> LanguageModel:
     torch.manual_seed(0)
     # six heads: no power of two, so that ALiBi's second series of slopes takes part; large weights, so that everything matters
     sizes = dict(vocab_size=V, context=T, n_layers=2, d_model=24, n_heads=6, d_ff=32, init_std=0.2)
-    return LanguageModel(ModelConfig(**(sizes | dict(n_kv_heads=2) | switches)))
+    model = LanguageModel(ModelConfig(**(sizes | dict(n_kv_heads=2) | switches)))
+    for name, parameter in model.named_parameters():
+        if name.endswith((".b.weight", "iterations")):  # they start at zero, where they would have no part in anything
+            torch.nn.init.normal_(parameter, std=0.2)
+    return model
 
 
 def random_ids(*shape: int) -> torch.Tensor:
@@ -120,6 +133,41 @@ def test_dropout_acts_on_the_embedding_and_on_both_branches():
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("sharing", [dict(ffn="all"), dict(attention="repeat", lora_rank=2, lora_scale=0.5),
+                                     dict(ffn="cycle", attention="all", free_ends=1, lora_rank=4, loop_layers=3, loops=3)], ids=str)
+def test_what_is_shared_may_as_well_be_written_out(sharing):
+    """A model whose layers are all its own, given the shared weights with their corrections, computes the same."""
+    model, ids = small_model(n_layers=5, sharing=SharingConfig(**sharing), qk_norm=True), random_ids(2, T)
+    layers, sharing = model.core.plan, model.config.sharing
+    written_out = small_model(n_layers=len(layers), qk_norm=True)
+    written_out.load_state_dict({name: tensor for name, tensor in model.state_dict().items() if "core." not in name or "core.norm" in name},
+                                strict=False)
+    for number, layer in enumerate(layers):
+        own, block = written_out.core, model.core.blocks[layer.block]
+        own.blocks[number].load_state_dict({k: v for k, v in block.state_dict().items() if "lora" not in k})
+        for network, stored, lora in [(own.attentions[number], model.core.attentions[layer.attention], block.attention_lora),
+                                      (own.ffns[number], model.core.ffns[layer.ffn], block.ffn_lora)]:
+            network.load_state_dict(stored.state_dict())
+            for name, low_rank in (lora or {}).items():
+                getattr(network, name).weight += sharing.lora_scale * low_rank.b.weight @ low_rank.a.weight
+    if model.core.iterations is not None:
+        model.core.iterations.zero_()  # the model written out knows no passes
+    torch.testing.assert_close(model(ids), written_out(ids), rtol=1e-4, atol=1e-4)
+
+
+@torch.no_grad()
+def test_corrections_are_for_shared_networks_alone_and_begin_without_effect():
+    torch.manual_seed(0)
+    sizes = dict(vocab_size=V, context=T, n_layers=6, d_model=24, n_heads=6, n_kv_heads=2, d_ff=32)
+    model = LanguageModel(ModelConfig(**sizes, sharing=SharingConfig(ffn="all", free_ends=1, lora_rank=4))).eval()
+    assert [block.ffn_lora is not None for block in model.core.blocks] == [False, True, True, True, True, False]
+    assert all(block.attention_lora is None for block in model.core.blocks)
+    plain = LanguageModel(ModelConfig(**sizes, sharing=SharingConfig(ffn="all", free_ends=1))).eval()
+    plain.load_state_dict({name: tensor for name, tensor in model.state_dict().items() if "lora" not in name})
+    assert torch.equal(model(random_ids(2, T)), plain(random_ids(2, T)))
+
+
+@torch.no_grad()
 def test_too_long_an_input_is_one_clear_line():
     model = small_model()
     with pytest.raises(StlmError, match=f"model.context={T}") as caught:
@@ -147,6 +195,9 @@ def test_the_attention_weights_are_never_stored():
 
 @pytest.mark.parametrize("positions", get_args(Positions))
 def test_the_model_is_one_graph_for_the_compiler(positions):
-    model, ids = small_model(positions=positions, ffn_sharing="all", qk_norm=True), random_ids(2, T)
+    model, ids = small_model(positions=positions, qk_norm=True, n_layers=4, sharing=SHARED), random_ids(2, T)
+    torch.compiler.reset()  # each test compiles anew; without this, PyTorch gives up after eight
     compiled = torch.compile(model.nll, fullgraph=True, backend="eager")  # raises where the graph would break
-    torch.testing.assert_close(compiled(ids, ids), model.nll(ids, ids))
+    for on in (False, True):
+        model.set_looping(on)
+        torch.testing.assert_close(compiled(ids, ids), model.nll(ids, ids))

@@ -12,6 +12,8 @@ from helpers import command, own_project, real_text, settings, small_run, stlm
 from stlm.config import preset
 from stlm.data.shards import prepare
 from stlm.foundation import file_sha256
+from stlm.model.accounting import account
+from stlm.pretrained import from_pretrained
 from stlm.train.checkpoints import checkpoints, load_checkpoint
 from stlm.train.loop import Diverged, Trainer, train
 from stlm.train.records import Run, read_log
@@ -147,9 +149,51 @@ def test_divergence_keeps_the_last_good_checkpoint(project, overrides, tmp_path)
 def test_accumulation_changes_memory_and_not_the_result(project, overrides, tmp_path):
     losses = []
     for parts in (1, 4):
-        config = preset("demo-bpe", overrides | {"train.accumulation": parts, "train.steps": 10, "model.dropout": 0.0})
+        exact = {"train.precision": "fp32", "model.dropout": 0.0}  # bfloat16 would round the parts differently
+        config = preset("demo-bpe", overrides | exact | {"train.accumulation": parts, "train.steps": 10})
         losses.append(train(config, tmp_path / str(parts), show_progress=False).metrics["valid_loss"])
     assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+
+
+SHARED = {"model.n_layers": 4, "model.sharing.ffn": "all", "model.sharing.attention": "cycle", "model.sharing.free_ends": 1,
+          "model.sharing.lora_rank": 2, "model.sharing.loop_layers": 2, "model.embedding_rank": 16,
+          "train.loop_start": 0.5, "train.steps": 12, "train.checkpoint_every": 5, "train.eval_every": 5}
+
+
+@pytest.mark.parametrize("stop", [4, 6, 8], ids=["before the loops", "as they begin", "after"])
+def test_loops_that_begin_midway_survive_a_stop(project, overrides, tmp_path, stop):
+    config = preset("demo-bpe", overrides | SHARED)
+    (tmp_path / "stopped").mkdir()
+    whole = train(config, tmp_path / "whole", show_progress=False)
+    first = Trainer(config, Run(tmp_path / "stopped"), prepare(config.data, show_progress=False), show_progress=False)
+    states = []
+    for _ in range(stop):
+        first.step()
+        states.append(first.model.core.looping)
+    assert states == [step >= 6 for step in range(stop)]
+    first.save()
+    again = train(config, tmp_path / "stopped", show_progress=False)
+    assert file_sha256(again.model_folder / "model.safetensors") == file_sha256(whole.model_folder / "model.safetensors")
+    assert again.metrics["valid_bpb"] == whole.metrics["valid_bpb"]
+
+
+def test_what_is_shared_stays_shared(project, overrides, tmp_path):
+    """After training, resuming, loading and moving there is one tensor for each that the configuration calls for, and no copy of it."""
+    config = preset("demo-bpe", overrides | SHARED)
+    run = train(config, tmp_path / "run", show_progress=False)
+    trainer = Trainer(config, Run(tmp_path / "run"), prepare(config.data, show_progress=False), show_progress=False)
+    load_checkpoint(run.checkpoint_folder, trainer.model, trainer.optimizer)
+    optimized = [p for group in trainer.optimizer.param_groups for p in group["params"]]
+    assert {id(p) for p in optimized} == {id(p) for p in trainer.model.parameters()} and len(optimized) == len(trainer.optimizer.state)
+    loaded, _ = from_pretrained(run.model_folder, "cpu")
+    for model in (trainer.model, loaded, loaded.to(torch.float64), loaded.to("cpu", torch.bfloat16)):
+        assert model.head_weight is model.embedding.weight and model.core.looping
+        assert (len(model.core.blocks), len(model.core.attentions), len(model.core.ffns), len(model.core.plan)) == (4, 3, 3, 6)
+        tensors = [p.data_ptr() for p in model.parameters()]
+        assert len(set(tensors)) == len(tensors) == len(model.state_dict())
+        assert sum(p.numel() for p in model.parameters()) == account(config.model).unique_parameters
+    for name, tensor in trainer.model.state_dict().items():
+        assert torch.equal(tensor.to(torch.bfloat16), loaded.state_dict()[name]), name
 
 
 def test_training_learns(uninterrupted):

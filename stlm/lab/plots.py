@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['PALETTE', 'INK', 'SOFT', 'FAINT', 'X', 'PARTS', 'style', 'png', 'show', 'spread', 'learning_curves',
-           'learning_curves_by_bytes_and_time', 'loss_curve', 'parts', 'short', 'parameter_bars', 'intervals']
+           'learning_curves_by_bytes_and_time', 'loss_curve', 'parts', 'short', 'parameter_bars', 'draw_plan',
+           'intervals']
 
 # %% ../../nbs/70_lab.plots.ipynb #1b45b592
 import base64
@@ -24,7 +25,9 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from PIL import Image
 
+from ..config import ModelConfig
 from ..model.accounting import Account
+from ..model.sharing import Layer, plan, users
 
 # %% ../../nbs/70_lab.plots.ipynb #85fba805
 PALETTE = ("#0b5fa5", "#c4470a", "#00785a", "#6a1a5a", "#7b3fe4", "#4a2c0a")
@@ -296,6 +299,36 @@ def _key(figure: Figure,    # to write on, at its upper edge
     patches = [mpl.patches.Patch(color=PARTS[name], label=name) for name in names]
     figure.legend(handles=patches, loc="upper left", bbox_to_anchor=(left, 1), ncols=max(1, len(names)), borderaxespad=0.2, fontsize=10.5,
                   borderpad=0, handlelength=0.9, handleheight=0.9, handletextpad=0.4, columnspacing=1.2, labelcolor="linecolor")
+
+# %% ../../nbs/70_lab.plots.ipynb #4a6f0fd8
+def draw_plan(config: ModelConfig,                       # `n_layers` and `sharing` decide
+              title: str = "",                           # such as the pattern's name
+              figsize: tuple[float, float] | None = None # inches; None = as large as it takes
+              ) -> Figure:
+    "Which attention and which feed-forward network every executed layer uses."
+    layers = plan(config)
+    counts = [len(users(layers, "attention")), len(users(layers, "ffn"))]
+    with style():
+        figure = Figure(figsize=figsize or (1.6 + 0.22 * sum(counts), 0.9 + 0.22 * len(layers)))
+        axes = figure.subplots(1, 2, width_ratios=[max(count, 4) for count in counts], sharey=True)
+        _draw_networks(axes[0], layers, "attention", PARTS["attention"])
+        _draw_networks(axes[1], layers, "ffn", PARTS["feed-forward"])
+        names = [f"layer {layer.block + 1}" + (f" (pass {layer.iteration + 1})" if layer.iteration else "") for layer in layers]
+        axes[0].set_yticks(range(len(layers)), names, size=8.5)
+        figure.suptitle(title, x=0.01, ha="left", size=11)
+    return figure
+
+
+def _draw_networks(axis: Axes, layers: list[Layer], part: Literal["attention", "ffn"], colour: str) -> None:
+    blocks = users(layers, part)
+    for row, layer in enumerate(layers):
+        network = getattr(layer, part)
+        axis.add_patch(mpl.patches.Rectangle((network - 0.42, row - 0.42), 0.84, 0.84, color=colour,
+                                             alpha=1 if len(blocks[network]) > 1 else 0.35, linewidth=0))
+    axis.grid(False)
+    axis.set(xlim=(-0.6, len(blocks) - 0.4), ylim=(len(layers) - 0.4, -0.6), xticks=[], aspect="equal")
+    axis.set_title({"attention": "attention", "ffn": "FFN"}[part], color=colour, size=9)
+    axis.spines["bottom"].set_visible(False)
 
 # %% ../../nbs/70_lab.plots.ipynb #71c61fdb
 def intervals(values: Mapping[str, tuple[float, float, float]], # name -> estimate, low end, high end

@@ -9,24 +9,25 @@ __all__ = ['Account', 'account', 'table', 'training_hours']
 import dataclasses
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Literal
 
 import pandas as pd
 
 from ..config import ModelConfig
 from ..foundation import StlmError
-from .core import ffn_plan
+from .sharing import plan, users
 
 # %% ../../nbs/28_model.accounting.ipynb #0423efea
 @dataclass(frozen=True)
 class Account:
     "What a model costs. FLOPs count matrix products at full context, two for each multiply-add."
     unique_parameters: int           # stored and trained
-    executed_parameters: int         # a shared network counted each time it runs
-    embedding_parameters: int        # embedding, learned positions, and the head where it is not tied
-    head_parameters: int             # the part of those in an untied head; 0 where it is tied
-    attention_parameters: int        # query, key, value and output matrices
-    ffn_parameters: int              # feed-forward matrices as stored
-    norm_parameters: int             # gains
+    executed_parameters: int         # what a layer uses counted each time it runs
+    embedding_parameters: int        # embedding, learned positions, and what the head has of its own
+    head_parameters: int             # the part of those in the head: its matrix where it is not tied, and the projection before it
+    attention_parameters: int        # query, key, value and output matrices as stored, with corrections
+    ffn_parameters: int              # feed-forward matrices as stored, with corrections
+    norm_parameters: int             # gains, and the vectors that mark the passes of a loop
     bytes_per_token: float           # raw UTF-8 bytes that a symbol stands for on average
     forward_flops_per_token: int     # one forward pass over a full context, per symbol
     training_flops_per_token: int    # forward and backward
@@ -40,50 +41,86 @@ class Account:
         return dataclasses.asdict(self)
 
 # %% ../../nbs/28_model.accounting.ipynb #c6a05b7c
-def _attention_matrices(config: ModelConfig) -> int: # of one layer
-    return config.d_model * (2 * config.d_model + 2 * config.n_kv_heads * config.d_head)
+_Part = Literal["attention", "ffn"]
 
 
-def _ffn_matrices(config: ModelConfig) -> int: # of one feed-forward network
+def _network(config: ModelConfig, part: _Part) -> int: # matrices of one network
+    if part == "attention":
+        return config.d_model * (2 * config.d_model + 2 * config.n_kv_heads * config.d_head)
     return (3 if config.ffn == "swiglu" else 2) * config.d_model * config.d_ff
 
 
-def _norm_gains(config: ModelConfig) -> int: # of all layers and the final norm
-    per_layer = 2 * config.d_model + (2 * config.d_head if config.qk_norm else 0)
-    return config.n_layers * per_layer + config.d_model
+def _correction(config: ModelConfig, part: _Part) -> int: # matrices of a layer's own corrections to one network
+    if part == "attention":
+        ends = 4 * config.d_model + 2 * config.n_kv_heads * config.d_head  # inputs and outputs of its matrices
+    else:
+        ends = (3 if config.ffn == "swiglu" else 2) * (config.d_model + config.d_ff)
+    return config.sharing.lora_rank * ends
 
 
-def _parameters(config: ModelConfig) -> dict[str, int]:
-    plan, head = ffn_plan(config), config.vocab_size * config.d_model
+def _stored(config: ModelConfig, part: _Part) -> int: # matrices of all networks and corrections
+    networks = users(plan(config), part)
+    corrected = sum(len(blocks) for blocks in networks if len(blocks) > 1)
+    return len(networks) * _network(config, part) + corrected * _correction(config, part)
+
+
+def _executed(config: ModelConfig, part: _Part, looping: bool) -> int: # the same, each counted as often as it runs
+    layers = plan(config, looping)
+    networks = users(layers, part)
+    corrected = sum(len(networks[getattr(layer, part)]) > 1 for layer in layers)
+    return len(layers) * _network(config, part) + corrected * _correction(config, part)
+
+# %% ../../nbs/28_model.accounting.ipynb #3fb7c658
+def _vectors(config: ModelConfig,      # `norm` and `iterations` of all parts of the stack
+             n_layers: int, n_attentions: int # as stored, or as executed
+             ) -> int:
+    further_passes = (config.sharing.loops - 1) * config.d_model if config.sharing.loop_layers else 0
+    return (2 * n_layers + 1) * config.d_model + (2 * n_attentions * config.d_head if config.qk_norm else 0) + further_passes
+
+
+def _vocabulary(config: ModelConfig) -> tuple[int, int]: # matrices on the side of the embedding, and of the head
+    rank = config.embedding_rank
+    matrix, projection = config.vocab_size * (rank or config.d_model), rank * config.d_model
+    return matrix + projection, projection + (0 if config.tied_head else matrix)
+
+
+def _parameters(config: ModelConfig, looping: bool) -> dict[str, int]:
+    layers, (embedding, head) = plan(config, looping), _vocabulary(config)
     positions = config.context * config.d_model if config.positions == "learned" else 0
-    parts = dict(embedding_parameters=head + positions + (0 if config.tied_head else head),
-                 attention_parameters=config.n_layers * _attention_matrices(config),
-                 ffn_parameters=len(set(plan)) * _ffn_matrices(config),
-                 norm_parameters=_norm_gains(config))
-    unique = sum(parts.values())
-    return dict(unique_parameters=unique,
-                executed_parameters=unique + (len(plan) - len(set(plan))) * _ffn_matrices(config),
-                head_parameters=0 if config.tied_head else head,
-                **parts)
+    parts = dict(embedding_parameters=embedding + positions + head,
+                 attention_parameters=_stored(config, "attention"),
+                 ffn_parameters=_stored(config, "ffn"),
+                 norm_parameters=_vectors(config, config.n_layers, len(users(layers, "attention"))))
+    executed = (parts["embedding_parameters"] + _executed(config, "attention", looping) + _executed(config, "ffn", looping)
+                + _vectors(config, len(layers), len(layers)))
+    return dict(unique_parameters=sum(parts.values()), executed_parameters=executed, head_parameters=head, **parts)
 
 # %% ../../nbs/28_model.accounting.ipynb #c6355078
-def _forward_flops(config: ModelConfig) -> int: # per symbol of a full context
-    matrices = config.n_layers * (_attention_matrices(config) + _ffn_matrices(config)) + config.vocab_size * config.d_model
-    scores_and_values = config.n_layers * 4 * config.context * config.d_model
-    return 2 * matrices + scores_and_values
+def _stack_flops(config: ModelConfig, # of the layers alone
+                 looping: bool,       # whether loops run
+                 context: int         # vectors that attention sees
+                 ) -> int:            # for each vector that goes through
+    matrices = _executed(config, "attention", looping) + _executed(config, "ffn", looping)
+    return 2 * matrices + len(plan(config, looping)) * 4 * context * config.d_model
+
+
+def _vocabulary_flops(config: ModelConfig) -> int: # of projections and head, per symbol
+    rank = config.embedding_rank
+    return 2 * ((rank or config.d_model) * config.vocab_size + 2 * rank * config.d_model)
 
 
 def account(config: ModelConfig,           # with `vocab_size` set
             bytes_per_token: float = 1.0,  # raw UTF-8 bytes a symbol stands for on average, measured on the data
-            kv_dtype_bytes: int = 2        # bytes of a number in the cache: 2 = bfloat16
+            kv_dtype_bytes: int = 2,       # bytes of a number in the cache: 2 = bfloat16
+            looping: bool = True           # whether looped layers run more than once, as after `train.loop_start`
             ) -> Account:
     "What a model costs, by arithmetic alone. Raises `StlmError` for a configuration without a vocabulary."
     if config.vocab_size < 1 or bytes_per_token <= 0:
         given = f"model.vocab_size={config.vocab_size} and bytes_per_token={bytes_per_token}"
         raise StlmError(f"cannot account for {given}; both must be above 0")
-    forward = _forward_flops(config)
-    kv_bytes = 2 * config.n_layers * config.n_kv_heads * config.d_head * kv_dtype_bytes
-    return Account(**_parameters(config),
+    forward = _stack_flops(config, looping, config.context) + _vocabulary_flops(config)
+    kv_bytes = 2 * len(plan(config, looping)) * config.n_kv_heads * config.d_head * kv_dtype_bytes
+    return Account(**_parameters(config, looping),
                    bytes_per_token=bytes_per_token,
                    forward_flops_per_token=forward,
                    training_flops_per_token=3 * forward,

@@ -12,19 +12,20 @@ from torch import Tensor, nn
 
 from ..config import ModelConfig
 from ..foundation import StlmError
-from .layers import make_norm
+from .layers import make_norm, product
 from .positions import Positions
 
 # %% ../../nbs/22_model.attention.ipynb #dc32930c
 class KVCache:
     "Keys and values of the symbols read so far, one slot for each executed layer."
-    def __init__(self, config: ModelConfig,         # `n_layers`, `n_kv_heads` and `d_head` decide
+    def __init__(self, config: ModelConfig,         # `n_kv_heads` and `d_head` decide
+                 n_layers: int,                     # executed layers, one that runs twice counted twice
                  batch_size: int,                   # B texts that are read side by side
                  max_length: int,                   # symbols it has room for
                  device: torch.device | None = None, # where the model is
                  dtype: torch.dtype | None = None   # of keys and values; None = torch's default
                  ):
-        shape = (config.n_layers, batch_size, config.n_kv_heads, max_length, config.d_head)
+        shape = (n_layers, batch_size, config.n_kv_heads, max_length, config.d_head)
         self.keys = torch.zeros(shape, device=device, dtype=dtype)
         self.values = torch.zeros(shape, device=device, dtype=dtype)
         self.length = 0  # symbols read so far
@@ -82,16 +83,18 @@ class Attention(nn.Module):
                 positions: Positions,           # how order enters queries and keys
                 mask: Tensor | None = None,     # boolean (T, start + T) or float (1, n_heads, T, start + T); None = causal
                 cache: KVCache | None = None,   # what was read before
-                layer: int = 0                  # this layer's slot in the cache
+                layer: int = 0,                 # this layer's slot in the cache
+                lora: nn.ModuleDict | None = None # a layer's own corrections to the matrices
                 ) -> Tensor:                    # (B, T, d_model)
         "What each position reads from itself and the positions before it."
         start = cache.length if cache is not None else 0
-        q, k, v = self._project(x, positions, start)
+        q, k, v = self._heads(product(self, "qkv", x, lora), positions, start)
         if cache is not None:
             k, v = cache.append(layer, k, v)  # (B, n_kv_heads, start + T, d_head)
         if mask is not None and mask.dtype != torch.bool:
             mask = mask.to(q.dtype)
-        return self.out(self._attend(q, k, v, mask, causal=mask is None and start == 0).transpose(1, 2).flatten(2))
+        read = self._attend(q, k, v, mask, causal=mask is None and start == 0)  # (B, n_heads, T, d_head)
+        return product(self, "out", read.transpose(1, 2).flatten(2), lora)
 
     def _attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool) -> Tensor: # (B, n_heads, T, d_head)
         if not reads_groups(q, mask):
@@ -99,8 +102,8 @@ class Attention(nn.Module):
         grouped = k.shape[1] < self.n_heads
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal, enable_gqa=grouped)
 
-    def _project(self, x: Tensor, positions: Positions, start: int) -> tuple[Tensor, Tensor, Tensor]:
-        heads = self.qkv(x).unflatten(-1, (-1, self.d_head)).transpose(1, 2)  # (B, n_heads + 2 n_kv_heads, T, d_head)
+    def _heads(self, qkv: Tensor, positions: Positions, start: int) -> tuple[Tensor, Tensor, Tensor]:
+        heads = qkv.unflatten(-1, (-1, self.d_head)).transpose(1, 2)  # (B, n_heads + 2 n_kv_heads, T, d_head)
         q, k, v = heads.split([self.n_heads, self.n_kv_heads, self.n_kv_heads], dim=1)
         if self.query_norm is not None and self.key_norm is not None:
             q, k = self.query_norm(q.float()), self.key_norm(k.float())

@@ -23,26 +23,29 @@ class LanguageModel(nn.Module):
         if config.vocab_size < 1:
             raise StlmError(f"model.vocab_size={config.vocab_size} cannot make a model; set it to the size of the tokenizer")
         self.config = config
-        self.embedding = nn.Embedding(config.vocab_size, config.d_model)
+        rank = config.embedding_rank
+        self.embedding = nn.Embedding(config.vocab_size, rank or config.d_model)
+        self.embedding_projection = nn.Linear(rank, config.d_model, bias=False) if rank else nn.Identity()
         self.core = Core(config)
-        self.head = None if config.tied_head else nn.Linear(config.d_model, config.vocab_size, bias=False)
+        self.head_projection = nn.Linear(config.d_model, rank, bias=False) if rank else nn.Identity()
+        self.head = None if config.tied_head else nn.Linear(rank or config.d_model, config.vocab_size, bias=False)
         init_weights(self, config)
 
     @property
     def head_weight(self) -> Tensor:
-        "The matrix that scores symbols, (vocab_size, d_model); the embedding's own where the head is tied."
+        "The matrix that scores symbols, (vocab_size, d_model or embedding_rank); the embedding's own where the head is tied."
         return self.embedding.weight if self.head is None else self.head.weight
 
     def hidden(self, ids: Tensor,            # (B, T) symbols
                cache: KVCache | None = None  # what was read before; grows by T
-               ) -> Tensor:                  # (B, T, d_model)
-        "Vectors from which the next symbols are predicted. Raises `StlmError` where input and cache exceed `context`."
+               ) -> Tensor:                  # (B, T, d_model or embedding_rank)
+        "Vectors whose products with `head_weight` are the logits. Raises `StlmError` where input and cache exceed `context`."
         if cache is not None:
             cache.require_room(ids)
         length = ids.shape[1] + (cache.length if cache is not None else 0)
         if length > self.config.context:
             raise StlmError(f"the input has {length} symbols, but model.context={self.config.context}; give the model shorter pieces")
-        return self.core(self.embedding(ids), cache)
+        return self.head_projection(self.core(self.embedding_projection(self.embedding(ids)), cache))
 
     def forward(self, ids: Tensor,            # (B, T) symbols
                 cache: KVCache | None = None  # what was read before; grows by T
@@ -64,7 +67,12 @@ class LanguageModel(nn.Module):
         weight = self.embedding.weight
         kind = weight.device.type
         dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else weight.dtype
-        return KVCache(self.config, batch_size, max_length or self.config.context, weight.device, dtype)
+        return KVCache(self.config, len(self.core.plan), batch_size, max_length or self.config.context, weight.device, dtype)
+
+    def set_looping(self, on: bool # as after training
+                    ) -> None:
+        "Whether looped layers run more than once. A cache must not outlive the change."
+        self.core.looping = on
 
     def set_dropout(self, rate: float # probability, 0 up to, but not including, 1
                     ) -> None:

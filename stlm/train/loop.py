@@ -30,7 +30,7 @@ from ..pretrained import save_pretrained
 from .checkpoints import load_checkpoint, save_checkpoint
 from .optimizers import make_optimizer, set_learning_rate
 from .records import Run, append_log, begin, cut_log, locked
-from .schedules import learning_rate
+from .schedules import learning_rate, loops_run
 
 # %% ../../nbs/44_train.loop.ipynb #d2babaf7
 @dataclass(frozen=True)
@@ -115,6 +115,7 @@ class Interval:
     norm: torch.Tensor         # largest gradient norm
     tokens: int = 0
     bytes: int = 0
+    flops: int = 0             # forward and backward
     seconds: float = 0.0
 
 # %% ../../nbs/44_train.loop.ipynb #a7ef9c6c
@@ -138,6 +139,7 @@ class Trainer:
         self.token_bytes = torch.as_tensor(dataset.tokenizer.token_bytes)  # (V,)
         self.plan = make_plan(config, dataset.split("train").bytes_per_token)
         self.account = account(config.model, dataset.split("train").bytes_per_token)
+        self.flops_per_token = {on: account(config.model, looping=on).training_flops_per_token for on in (False, True)}  # loops off and on
         self.peak = peak_flops(self.device, self.dtype)
         self.progress = Progress()
         self.interval = self._new_interval()
@@ -156,9 +158,15 @@ class Trainer:
             self.progress = Progress(**state["progress"])
         cut_log(self.run.folder / "log.jsonl", self.progress.step)
 
+    def set_loops(self) -> bool: # whether they run
+        "Switch loops on or off, as the number of steps done demands."
+        on = loops_run(self.progress.step, self.plan.steps, self.config.train)
+        self.model.set_looping(on)
+        return on
+
     def step(self) -> None:
         "One optimizer step and its bookkeeping."
-        number = self.progress.step
+        number, loops = self.progress.step, self.set_loops()
         start = time.perf_counter()
         set_learning_rate(self.optimizer, learning_rate(number, self.plan.steps, self.config.train))
         torch.manual_seed(self.config.train.seed * 1_000_003 + number)  # dropout's numbers: a function of seed and step
@@ -167,6 +175,7 @@ class Trainer:
         tokens, seen = batch.targets.numel(), int(self.token_bytes[batch.targets].sum())
         self.interval.nats += loss * tokens
         self.interval.norm = torch.maximum(self.interval.norm, norm)
+        self.interval.flops += self.flops_per_token[loops] * tokens
         seconds = time.perf_counter() - start
         for sums in (self.progress, self.interval):
             sums.tokens, sums.bytes, sums.seconds = sums.tokens + tokens, sums.bytes + seen, sums.seconds + seconds
@@ -186,7 +195,7 @@ class Trainer:
         line = {"step": self.progress.step, "bytes": self.progress.bytes, "tokens": self.progress.tokens,
                 "seconds": self.progress.seconds, "loss": i.nats.item() / i.tokens, "bpb": bits_of(i.nats.item(), i.bytes),
                 "lr": self.optimizer.param_groups[0]["lr"], "grad_norm": i.norm.item(), "bytes_per_second": i.bytes / i.seconds,
-                "mfu": self.account.training_flops_per_token * i.tokens / i.seconds / self.peak}
+                "mfu": i.flops / i.seconds / self.peak}
         append_log(self.run.folder / "log.jsonl", line)
         self.interval = self._new_interval()
         return line
@@ -194,6 +203,7 @@ class Trainer:
     def validate(self) -> dict[str, float]:
         "Bits per byte on the first windows of the validation text, with a line in the log."
         nats, tokens, size = 0.0, 0, 0
+        self.set_loops()
         self.model.eval()
         for batch in windows_in_order(self.dataset.split("validation"), self.config.model.context, self.config.train.batch_size,
                                       self.config.train.eval_bytes, self.dataset.tokenizer.token_bytes):
