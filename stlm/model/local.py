@@ -61,10 +61,7 @@ class WindowAttention(nn.Module):
         "What each byte reads from itself and the bytes before it."
         heads = self.qkv(x).unflatten(-1, (3 * self.n_heads, -1)).transpose(1, 2)  # (B, 3 n_heads, T, d_head)
         q, k, v = heads.chunk(3, dim=1)
-        if cache is None:
-            read = self._in_blocks(q, k, v, patch)
-        else:
-            read = self._last(q, *cache.append(layer, k, v), patch)
+        read = self._in_blocks(q, k, v, patch) if cache is None else self._last(q, *cache.append(layer, k, v), patch)
         return self.out(read.transpose(1, 2).flatten(2))
 
     def _in_blocks(self, q: Tensor, k: Tensor, v: Tensor, patch: Tensor | None) -> Tensor: # (B, n_heads, T, d_head)
@@ -136,9 +133,9 @@ class LocalStack(nn.Module):
                  n_layers: int              # 0 leaves the norm alone
                  ):
         super().__init__()
-        self.config = dataclasses.replace(local_config(config), n_layers=max(1, n_layers))
-        self.blocks = nn.ModuleList(LocalBlock(self.config, config.patches.window) for _ in range(n_layers))
-        self.norm = make_norm(self.config)
+        own = local_config(config)
+        self.blocks = nn.ModuleList(LocalBlock(own, config.patches.window) for _ in range(n_layers))
+        self.norm = make_norm(own)
 
     def forward(self, x: Tensor,                # (B, T, d_local)
                 patch: Tensor | None = None,    # (B, start + T) the patch of each byte, where a byte sees only its own

@@ -7,7 +7,7 @@ __all__ = ['RATIO_WEIGHT', 'ngram_rows', 'ByteEmbedding', 'spans', 'Pooling', 'g
            'Attend', 'make_unpooling', 'smooth', 'confidence', 'PatchCache', 'PooledStack']
 
 # %% ../../nbs/27_model.pooling.ipynb #21c555d7
-import dataclasses
+import itertools
 
 import torch
 import torch.nn.functional as F
@@ -18,7 +18,7 @@ from .attention import KVCache
 from .core import Core
 from .layers import make_norm
 from .local import GridBlock, LocalStack, local_config
-from .patches import Cuts, EntropyPatcher, Gate, Open, after, cut, make_patcher, nothing_open, segmenter_config
+from .patches import Cuts, Gate, Open, after, cut, make_patcher, nothing_open, segmenter_config
 from .positions import alibi_slopes
 
 # %% ../../nbs/27_model.pooling.ipynb #d2ec62ff
@@ -128,9 +128,9 @@ class PatchEncoder(nn.Module):
     "Layers inside each patch (Hillier et al., 2024)."
     def __init__(self, config: ModelConfig): # `patches` and `d_model` decide
         super().__init__()
-        widths = grid_widths(config)
+        widths = itertools.pairwise(grid_widths(config))
         self.slots = config.patches.max_size
-        self.blocks = nn.ModuleList(GridBlock(config, config.patches.n_heads, *pair) for pair in zip(widths, widths[1:], strict=False))
+        self.blocks = nn.ModuleList(GridBlock(config, config.patches.n_heads, *pair) for pair in widths)
 
     def forward(self, x: Tensor,    # (B, T, d_local)
                 ends: Tensor,       # (B, T) bool: a patch ends here
@@ -261,18 +261,19 @@ def confidence(cuts: Cuts     # with a gate
 class PatchCache:
     "What a pooled model keeps of the text it has read."
     def __init__(self, config: ModelConfig,          # with patches
+                 n_layers: int,                      # executed layers of the stack
                  width: int,                         # of an answer
                  batch_size: int,                    # B texts that are read side by side
                  max_length: int,                    # symbols it has room for
                  device: torch.device | None = None,
                  dtype: torch.dtype | None = None    # of keys, values and states; None = torch's default
                  ):
-        local, options = local_config(config), dict(device=device, dtype=dtype)
-        layers = config.patches
-        self.encoder, self.decoder = (KVCache(dataclasses.replace(local, n_layers=max(1, n)), batch_size, max_length, **options)
-                                      for n in (layers.encoder_layers, layers.decoder_layers))
-        self.core = [KVCache(config, 1, max_length, **options) for _ in range(batch_size)]
-        self.segmenter = KVCache(segmenter_config(config), batch_size, max_length, device) if layers.patcher == "entropy" else None
+        layers, size, options = config.patches, (batch_size, max_length), dict(device=device, dtype=dtype)
+        self.encoder = KVCache(local_config(config), max(1, layers.encoder_layers), *size, **options)
+        self.decoder = KVCache(local_config(config), max(1, layers.decoder_layers), *size, **options)
+        self.core = [KVCache(config, n_layers, 1, max_length, **options) for _ in range(batch_size)]
+        own = segmenter_config(config)
+        self.segmenter = KVCache(own, own.n_layers, *size, device) if layers.patcher == "entropy" else None
         self.ids = torch.zeros(batch_size, max_length, dtype=torch.long, device=device)
         self.ends = torch.zeros(batch_size, max_length, dtype=torch.bool, device=device)
         self.patch = torch.zeros_like(self.ids)                                      # the patch of each symbol
@@ -315,6 +316,11 @@ class PooledStack(nn.Module):
         self.unpooling = make_unpooling(config)
         self.decoder = None if local.decoder == "parallel" else LocalStack(config, local.decoder_layers)
 
+    @property
+    def embedding_weight(self) -> Tensor:
+        "(vocab_size, d_local)"
+        return self.embedding.bytes.weight
+
     def forward(self, ids: Tensor,               # (B, T) symbols
                 cache: PatchCache | None = None  # what was read before; grows by T
                 ) -> tuple[Tensor, Cuts]:        # (B, T, d_local), and where the patches ended
@@ -325,10 +331,7 @@ class PooledStack(nn.Module):
         states = x if self.encoder is None else self.encoder(x, cache=cache and cache.encoder)
         if cuts is None:
             cuts = self._gated(states, opened, cache)
-        if cache is None:
-            answers = self._answers(states, cuts)
-        else:
-            answers = self._more_answers(ids, states, cuts, cache)
+        answers = self._answers(states, cuts) if cache is None else self._more_answers(ids, states, cuts, cache)
         hidden = self._decode(states, answers, cuts, cache)
         if cache is not None:
             cache.opened, cache.length = after(cuts, ids), cache.length + ids.shape[1]
@@ -401,4 +404,4 @@ class PooledStack(nn.Module):
 
     def new_cache(self, batch_size: int, max_length: int, dtype: torch.dtype) -> PatchCache: # B texts, symbols, of the states
         "An empty cache where the model is."
-        return PatchCache(self.config, self.unpooling.width, batch_size, max_length, self.null.device, dtype)
+        return PatchCache(self.config, len(self.core.plan), self.unpooling.width, batch_size, max_length, self.null.device, dtype)
