@@ -7,6 +7,7 @@ __all__ = ['Account', 'account', 'table', 'training_hours']
 
 # %% ../../nbs/28_model.accounting.ipynb #cada7499
 import dataclasses
+import itertools
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal
@@ -15,6 +16,8 @@ import pandas as pd
 
 from ..config import ModelConfig
 from ..foundation import StlmError
+from .patches import segmenter_config
+from .pooling import MOST_POSITIONS, grid_widths
 from .sharing import plan, users
 
 # %% ../../nbs/28_model.accounting.ipynb #0423efea
@@ -28,12 +31,14 @@ class Account:
     attention_parameters: int        # query, key, value and output matrices as stored, with corrections
     ffn_parameters: int              # feed-forward matrices as stored, with corrections
     norm_parameters: int             # gains, and the vectors that mark the passes of a loop
+    local_parameters: int            # of a pooled model: encoder, decoder, and what joins them to the stack; the segmenter's too
     bytes_per_token: float           # raw UTF-8 bytes that a symbol stands for on average
-    forward_flops_per_token: int     # one forward pass over a full context, per symbol
-    training_flops_per_token: int    # forward and backward
+    symbols_per_patch: float         # symbols for which the stack runs once; 1 in a flat model
+    forward_flops_per_token: float   # one forward pass over a full context, per symbol
+    training_flops_per_token: float  # forward and backward
     forward_flops_per_byte: float    # the same per byte of text
     training_flops_per_byte: float   # the same per byte of text
-    kv_bytes_per_token: int          # memory of the cache for each symbol read
+    kv_bytes_per_token: float        # memory of the cache for each symbol read
     kv_bytes_per_byte: float         # the same per byte of text
 
     def to_dict(self) -> dict[str, int | float]:
@@ -79,9 +84,17 @@ def _vectors(config: ModelConfig,      # `norm` and `iterations` of all parts of
 
 
 def _vocabulary(config: ModelConfig) -> tuple[int, int]: # matrices on the side of the embedding, and of the head
+    if config.is_pooled:
+        return _byte_embedding(config), 0 if config.tied_head else config.vocab_size * config.patches.d_local
     rank = config.embedding_rank
     matrix, projection = config.vocab_size * (rank or config.d_model), rank * config.d_model
     return matrix + projection, projection + (0 if config.tied_head else matrix)
+
+
+def _byte_embedding(config: ModelConfig) -> int: # bytes, hashed n-grams, positions in the patch
+    local = config.patches
+    positions = (local.max_size or MOST_POSITIONS) if local.position or local.encoder == "patch" else 0
+    return (config.vocab_size + (local.ngram_buckets if local.ngram else 0) + positions) * local.d_local
 
 
 def _parameters(config: ModelConfig, looping: bool) -> dict[str, int]:
@@ -90,42 +103,149 @@ def _parameters(config: ModelConfig, looping: bool) -> dict[str, int]:
     parts = dict(embedding_parameters=embedding + positions + head,
                  attention_parameters=_stored(config, "attention"),
                  ffn_parameters=_stored(config, "ffn"),
-                 norm_parameters=_vectors(config, config.n_layers, len(users(layers, "attention"))))
-    executed = (parts["embedding_parameters"] + _executed(config, "attention", looping) + _executed(config, "ffn", looping)
-                + _vectors(config, len(layers), len(layers)))
+                 norm_parameters=_vectors(config, config.n_layers, len(users(layers, "attention"))),
+                 local_parameters=_local_parameters(config) if config.is_pooled else 0)
+    executed = (parts["embedding_parameters"] + parts["local_parameters"] + _vectors(config, len(layers), len(layers))
+                + _executed(config, "attention", looping) + _executed(config, "ffn", looping))
     return dict(unique_parameters=sum(parts.values()), executed_parameters=executed, head_parameters=head, **parts)
+
+# %% ../../nbs/28_model.accounting.ipynb #9fd13b56
+@dataclass(frozen=True)
+class _Cost:
+    "What a part of a pooled model stores and computes."
+    matrices: int = 0           # parameters that are multiplied with something
+    others: int = 0             # parameters that are not
+    products_per_byte: float = 0.0  # multiply-adds for each byte
+    products_per_patch: float = 0.0 # multiply-adds for each patch, and once more for the null before the first
+
+
+def _windows(window: int, length: int) -> float: # keys for each query of a text, those that the mask hides from it included
+    first = min(window, length)
+    return (first * first + -(-(length - first) // window) * window * 2 * window) / length
+
+
+def _local_stack(config: ModelConfig, n_layers: int) -> _Cost: # encoder or decoder with windows
+    local = config.patches
+    matrices = n_layers * (4 * local.d_local ** 2 + (3 if config.ffn == "swiglu" else 2) * local.d_local * local.d_ff)
+    attention = n_layers * 2 * local.d_local * _windows(local.window, config.context)
+    return _Cost(matrices, (2 * n_layers + 1) * local.d_local, matrices + attention)
+
+
+def _grid(config: ModelConfig, widths: list[int]) -> _Cost: # layers among the slots of a patch
+    slots = config.patches.max_size
+    matrices = sum(4 * d_in ** 2 + 4 * d_in ** 2 + 4 * d_in * d_out for d_in, d_out in itertools.pairwise(widths))
+    attention = 2 * slots * sum(widths[:-1])
+    return _Cost(matrices, 2 * sum(widths[:-1]), 0, slots * (matrices + attention))
+
+
+def _pooling(config: ModelConfig) -> _Cost: # reading with a query, and the way up
+    local = config.patches
+    width = local.d_local if local.encoder == "window" else config.d_model
+    up = width * config.d_model if local.encoder == "window" else 0
+    if local.pooling != "attention":
+        return _Cost(up, 0, 0, up)
+    return _Cost(up + 4 * width ** 2, 0, 2 * width ** 2, up + 2 * width ** 2 + 2 * width * config.context)
+
+
+def _unpooling(config: ModelConfig) -> _Cost: # the way down, and reading from all answers
+    local = config.patches
+    slots = local.max_size if local.unpooling == "linear" else 2 if local.unpooling == "attention" else 1
+    down = config.d_model * slots * local.d_local
+    return _Cost(down + (2 * local.d_local ** 2 if local.unpooling == "attention" else 0), 0,
+                 2 * local.d_local ** 2 if local.unpooling == "attention" else 0, down)
+
+
+def _decoder(config: ModelConfig) -> _Cost:
+    local = config.patches
+    if local.decoder != "parallel":
+        return _local_stack(config, local.decoder_layers)
+    cost = _grid(config, [local.d_local] * (local.decoder_layers + 1))
+    return dataclasses.replace(cost, others=cost.others + local.d_local + local.max_size * local.d_local)
+
+
+def _rules(config: ModelConfig) -> _Cost: # what decides where patches end; a frozen segmenter is only run forward
+    if config.patches.patcher == "gate":
+        matrices = 2 * config.patches.d_local ** 2
+        return _Cost(matrices, 0, matrices)
+    return _Cost(others=_segmenter(config).unique_parameters if config.patches.patcher == "entropy" else 0)
+
+
+def _local_costs(config: ModelConfig) -> list[_Cost]:
+    in_windows = config.patches.encoder == "window"
+    encoder = _local_stack(config, config.patches.encoder_layers) if in_windows else _grid(config, grid_widths(config))
+    return [encoder, _pooling(config), _Cost(others=config.d_model), _unpooling(config), _decoder(config), _rules(config)]
+
+
+def _local_parameters(config: ModelConfig) -> int:
+    return sum(cost.matrices + cost.others for cost in _local_costs(config))
+
+
+def _segmenter(config: ModelConfig) -> "Account":
+    return account(segmenter_config(config))
 
 # %% ../../nbs/28_model.accounting.ipynb #c6355078
 def _stack_flops(config: ModelConfig, # of the layers alone
                  looping: bool,       # whether loops run
-                 context: int         # vectors that attention sees
-                 ) -> int:            # for each vector that goes through
+                 context: float       # vectors that attention sees: symbols, or patches
+                 ) -> float:          # for each vector that goes through
     matrices = _executed(config, "attention", looping) + _executed(config, "ffn", looping)
     return 2 * matrices + len(plan(config, looping)) * 4 * context * config.d_model
 
 
 def _vocabulary_flops(config: ModelConfig) -> int: # of projections and head, per symbol
+    if config.is_pooled:
+        return 2 * config.patches.d_local * config.vocab_size
     rank = config.embedding_rank
     return 2 * ((rank or config.d_model) * config.vocab_size + 2 * rank * config.d_model)
 
 
-def account(config: ModelConfig,           # with `vocab_size` set
-            bytes_per_token: float = 1.0,  # raw UTF-8 bytes a symbol stands for on average, measured on the data
-            kv_dtype_bytes: int = 2,       # bytes of a number in the cache: 2 = bfloat16
-            looping: bool = True           # whether looped layers run more than once, as after `train.loop_start`
+def _pooled_flops(config: ModelConfig, looping: bool, patches: float) -> float: # patches in a full context; per symbol
+    costs, length = _local_costs(config), config.context
+    per_byte = sum(cost.products_per_byte for cost in costs)
+    per_patch = sum(cost.products_per_patch for cost in costs)
+    unpooling = [_unpooling(config), *([_decoder(config)] if config.patches.decoder == "parallel" else [])]
+    null = sum(cost.products_per_patch for cost in unpooling)
+    answers = 2 * config.patches.d_local * (patches + 1) if config.patches.unpooling == "attention" else 0  # that a byte's query meets
+    stack = patches * _stack_flops(config, looping, patches)
+    return 2 * (per_byte + answers) + (2 * (patches * per_patch + null) + stack) / length
+
+
+def _cache_numbers(config: ModelConfig, looping: bool, patches_per_symbol: float) -> float: # numbers kept for each symbol read
+    stack = 2 * len(plan(config, looping)) * config.n_kv_heads * config.d_head
+    if not config.is_pooled:
+        return stack
+    local = config.patches
+    blocks = (local.encoder_layers if local.encoder == "window" else 0) + (local.decoder_layers if local.decoder != "parallel" else 0)
+    answer = local.d_local * (local.max_size if local.decoder == "parallel" or local.unpooling == "linear" else
+                              2 if local.unpooling == "attention" else 1)
+    return patches_per_symbol * (stack + answer) + (2 * blocks + 1) * local.d_local
+
+
+def account(config: ModelConfig,             # with `vocab_size` set
+            bytes_per_token: float = 1.0,    # raw UTF-8 bytes a symbol stands for on average, measured on the data
+            kv_dtype_bytes: int = 2,         # bytes of a number in the cache: 2 = bfloat16
+            looping: bool = True,            # whether looped layers run more than once, as after `train.loop_start`
+            symbols_per_patch: float | None = None # measured on the data; None = `patches.size`; a flat model has 1
             ) -> Account:
     "What a model costs, by arithmetic alone. Raises `StlmError` for a configuration without a vocabulary."
     if config.vocab_size < 1 or bytes_per_token <= 0:
         given = f"model.vocab_size={config.vocab_size} and bytes_per_token={bytes_per_token}"
         raise StlmError(f"cannot account for {given}; both must be above 0")
-    forward = _stack_flops(config, looping, config.context) + _vocabulary_flops(config)
-    kv_bytes = 2 * len(plan(config, looping)) * config.n_kv_heads * config.d_head * kv_dtype_bytes
+    size = (symbols_per_patch or config.patches.size) if config.is_pooled else 1.0
+    if config.is_pooled:
+        forward = _pooled_flops(config, looping, config.context / size) + _vocabulary_flops(config)
+    else:
+        forward = _stack_flops(config, looping, config.context) + _vocabulary_flops(config)
+    frozen = _segmenter(config).forward_flops_per_token if config.patches.patcher == "entropy" else 0
+    training, forward = 3 * forward + frozen, forward + frozen
+    kv_bytes = _cache_numbers(config, looping, 1 / size) * kv_dtype_bytes
     return Account(**_parameters(config, looping),
                    bytes_per_token=bytes_per_token,
+                   symbols_per_patch=size,
                    forward_flops_per_token=forward,
-                   training_flops_per_token=3 * forward,
+                   training_flops_per_token=training,
                    forward_flops_per_byte=forward / bytes_per_token,
-                   training_flops_per_byte=3 * forward / bytes_per_token,
+                   training_flops_per_byte=training / bytes_per_token,
                    kv_bytes_per_token=kv_bytes,
                    kv_bytes_per_byte=kv_bytes / bytes_per_token)
 

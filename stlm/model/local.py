@@ -66,9 +66,9 @@ class WindowAttention(nn.Module):
 
     def _in_blocks(self, q: Tensor, k: Tensor, v: Tensor, patch: Tensor | None) -> Tensor: # (B, n_heads, T, d_head)
         length, window = q.shape[2], self.window
-        own = (part[:, :, :window] for part in (q, k, v))  # the first block has none before it
+        q_0, k_0, v_0 = (part[:, :, :window] for part in (q, k, v))  # the first block has none before it
         size = min(length, window)
-        first = _attend(*own, self.bias[None, :, :size, window:window + size], *_cut(patch, window))
+        first = _attend(q_0, k_0, v_0, self.bias[None, :, :size, window:window + size], *_cut(patch, window))
         if length <= window:
             return first
         folded = _fold(q[:, :, window:], window), _fold_pairs(k, window), _fold_pairs(v, window)
