@@ -155,6 +155,7 @@ class ModelConfig:
         even = self.positions not in ("rope", "sinusoidal") or self.d_head % 2 == 0
         _require(even, "model.n_heads", self.n_heads, f"an even head width, now {self.d_head}, with positions={self.positions}")
         _require_each(self, "model.rope_fraction", lambda v: 0 < v <= 1, "more than 0, at most 1")
+        _require_each(self, "model.rope_fraction", lambda v: v == 1 or self.positions == "rope", f"1 with model.positions={self.positions}")
         _require_each(self, "model.embedding_rank", lambda v: v >= 0, "0 (no projection) or more")
         _require(not (self.embedding_rank and self.is_pooled), "model.embedding_rank", self.embedding_rank, "0 with patches")
         self._check_sharing()
