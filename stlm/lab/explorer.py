@@ -17,7 +17,7 @@ from typing import Any, get_args
 import ipywidgets as widgets
 import numpy as np
 
-from ..config import PRESETS, Ffn, FfnSharing, Positions, RunConfig, preset, tokenizer_vocab_size
+from ..config import PRESETS, Ffn, Positions, RunConfig, Sharing, preset, tokenizer_vocab_size
 from ..foundation import StlmError
 from ..hardware import peak_flops, pick_device, pick_precision
 from .plots import PARTS, parts, short
@@ -60,7 +60,7 @@ def controls(name: str          # one of `PRESETS`
             "family": family, "vocabulary": model.vocab_size if family == "bpe" else 4096, "tied_head": model.tied_head,
             "layers": model.n_layers, "heads": model.n_heads, "head_width": model.d_head,
             "kv_group": model.n_heads // model.n_kv_heads, "positions": model.positions, "context": model.context,
-            "ffn": model.ffn, "ffn_ratio": model.d_ff / model.d_model, "ffn_sharing": model.ffn_sharing,
+            "ffn": model.ffn, "ffn_ratio": model.d_ff / model.d_model, "ffn_sharing": model.sharing.ffn,
             "text": planned_bytes(config)}
 
 
@@ -71,7 +71,7 @@ def _wanted(values: Mapping[str, Any]) -> dict[str, Any]: # every field that the
             "model.n_heads": values["heads"], "model.n_kv_heads": _kv_heads(values["heads"], values["kv_group"]),
             "model.positions": values["positions"], "model.context": values["context"], "model.ffn": values["ffn"],
             "model.d_ff": max(8, 8 * round(values["ffn_ratio"] * width / 8)),  # multiples of 8 suit the hardware
-            "model.ffn_sharing": values["ffn_sharing"]}
+            "model.sharing.ffn": values["ffn_sharing"]}
 
 
 def overrides(values: Mapping[str, Any] # name of the control -> its value
@@ -317,7 +317,7 @@ def _make_controls(peak: float # operations a second of the hardware at best
                             options=_with_presets((2 ** p for p in range(5, 14)), "context")),
         "ffn": _control(menu, "Kind", "model.ffn: SwiGLU has three matrices, the others two", options=_named(Ffn, _FFN)),
         "ffn_ratio": _control(slide, "Width ratio", "model.d_ff / model.d_model", options=_ratios()),
-        "ffn_sharing": _control(menu, "Sharing", "model.ffn_sharing", options=_named(FfnSharing, _SHARING)),
+        "ffn_sharing": _control(menu, "Sharing", "model.sharing.ffn", options=_named(Sharing, _SHARING)),
         "text": _control(slide, "Text", "raw bytes of text to train on", options=_texts()),
         "peak": _control(slide, "FLOP/s", "what the hardware can do at best", options=_speeds(peak)),
         "utilisation": _control(slide, "Of it in use", "MFU: the share that training reaches",
