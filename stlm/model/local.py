@@ -23,7 +23,7 @@ def local_config(config: ModelConfig # `patches` decides
     "The sizes of encoder and decoder, as the parts they share with the stack expect them."
     local = config.patches
     return dataclasses.replace(config, d_model=local.d_local, n_heads=local.n_heads, n_kv_heads=local.n_heads, d_ff=local.d_ff,
-                               positions="none", sharing=SharingConfig(), patches=PatchConfig())
+                               positions="none", rope_fraction=1.0, sharing=SharingConfig(), patches=PatchConfig())
 
 
 def window_bias(slopes: Tensor,  # (n_heads,)
