@@ -76,9 +76,7 @@ def _executed(config: ModelConfig, part: _Part, looping: bool) -> int: # the sam
     return len(layers) * _network(config, part) + corrected * _correction(config, part)
 
 # %% ../../nbs/29_model.accounting.ipynb #3fb7c658
-def _vectors(config: ModelConfig,      # `norm` and `iterations` of all parts of the stack
-             n_layers: int, n_attentions: int # as stored, or as executed
-             ) -> int:
+def _vectors(config: ModelConfig, n_layers: int, n_attentions: int) -> int: # of so many layers and attention networks, with the final norm
     further_passes = (config.sharing.loops - 1) * config.d_model if config.sharing.loop_layers else 0
     return (2 * n_layers + 1) * config.d_model + (2 * n_attentions * config.d_head if config.qk_norm else 0) + further_passes
 

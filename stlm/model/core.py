@@ -31,8 +31,8 @@ class Block(nn.Module):
         self.dropout = nn.Dropout(config.dropout)
 
     def forward(self, x: Tensor,           # (B, T, d_model)
-                attention: nn.Module,      # the networks that the plan names for this layer
-                ffn: nn.Module,
+                attention: nn.Module,      # the network that the plan names for this layer
+                ffn: nn.Module,            # the same
                 attention_options: dict    # what `Attention.forward` takes beside x
                 ) -> Tensor:               # (B, T, d_model)
         "Add attention, then the feed-forward network."
