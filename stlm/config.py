@@ -424,6 +424,7 @@ _PAPER_TRAIN = dict(steps=50_000, batch_size=480, accumulation=20, lr=6e-4, warm
 # and 2.559 with 0.06 (batches of 8 windows), 2.510 with 0.06 and batches of 4.
 _DEMO_MODEL = dict(n_layers=4, d_model=160, n_heads=5, n_kv_heads=5, d_ff=448, init_std=0.06)
 _DEMO_TRAIN = dict(bytes=1_000_000, batch_size=4, lr=3e-3)
+_WORDS = dict(patcher="space", window=64, ngram=3)
 
 PRESETS: dict[str, dict[str, dict[str, Any]]] = {
     "stlm-10m": {"model": dict(n_layers=6, d_model=320, n_heads=10, n_kv_heads=5, d_ff=960),
@@ -435,12 +436,32 @@ PRESETS: dict[str, dict[str, dict[str, Any]]] = {
     "stlm-100m": {"model": dict(n_layers=13, d_model=672, n_heads=21, n_kv_heads=3, d_ff=2016),
                   "data": dict(corpus="openwebtext", tokenizer="gpt2"),
                   "train": _PAPER_TRAIN},
+    "paper-byte": {"model": dict(context=2816, tied_head=False, dropout=0.1, patches=dict(  # about as much text as 512 symbols of GPT-2
+                       patcher="marks", max_size=12, encoder="patch", encoder_layers=2, pooling="mean", unpooling="linear",
+                       decoder="parallel", decoder_layers=2, d_local=128, n_heads=8)),
+                   "data": dict(corpus="openwebtext", tokenizer="bytes+gpt2"),
+                   "train": _PAPER_TRAIN},
+    "stlm-byte-10m": {"model": dict(n_layers=6, d_model=336, n_heads=7, n_kv_heads=7, d_ff=928, context=2048,
+                                    patches=_WORDS | dict(d_local=128, n_heads=4, d_ff=384)),
+                      "data": dict(corpus="openwebtext", tokenizer="bytes"),
+                      "train": _PAPER_TRAIN | dict(lr=1e-3)},
+    "stlm-byte-50m": {"model": dict(n_layers=8, d_model=640, n_heads=10, n_kv_heads=10, d_ff=1920, context=2048,
+                                    patches=_WORDS | dict(d_local=256, n_heads=4, d_ff=704, decoder_layers=2, ngram_buckets=16384)),
+                      "data": dict(corpus="openwebtext", tokenizer="bytes"),
+                      "train": _PAPER_TRAIN},
+    "stlm-byte-100m": {"model": dict(n_layers=12, d_model=768, n_heads=12, n_kv_heads=12, d_ff=2144, context=2048,
+                                     patches=_WORDS | dict(d_local=384, n_heads=6, d_ff=1024, decoder_layers=2, ngram_buckets=16384)),
+                       "data": dict(corpus="openwebtext", tokenizer="bytes"),
+                       "train": _PAPER_TRAIN},
     "demo-bpe": {"model": _DEMO_MODEL | dict(context=128),
                  "data": dict(tokenizer="bpe:4096"),
                  "train": _DEMO_TRAIN},
     "demo-bytes": {"model": _DEMO_MODEL | dict(context=512),  # about as many bytes as 128 symbols of bpe:4096
                    "data": dict(tokenizer="bytes"),
                    "train": _DEMO_TRAIN},
+    "demo-pooled": {"model": _DEMO_MODEL | dict(context=512, patches=_WORDS | dict(d_local=96, n_heads=3, d_ff=256, ngram_buckets=4096)),
+                    "data": dict(tokenizer="bytes"),
+                    "train": _DEMO_TRAIN},
 }
 
 
