@@ -90,10 +90,10 @@ class PatchConfig:
 
     def __post_init__(self) -> None:
         _check_fields(self, "model.patches")
-        at_least_one = "size d_local n_heads d_ff window ngram_buckets".split()
+        at_least_one = ["size", "d_local", "n_heads", "d_ff", "window", "ngram_buckets"]
         _require_each(self, " ".join(f"model.patches.{name}" for name in at_least_one), lambda v: v >= 1, "1 or more")
-        _require_each(self, "model.patches.encoder_layers model.patches.decoder_layers", lambda v: v >= 0, "0 or more")
-        _require_each(self, "model.patches.max_size model.patches.threshold", lambda v: v >= 0, "0 or more")
+        at_least_none = ["encoder_layers", "decoder_layers", "max_size", "threshold"]
+        _require_each(self, " ".join(f"model.patches.{name}" for name in at_least_none), lambda v: v >= 0, "0 or more")
         _require_each(self, "model.patches.ngram", lambda v: v == 0 or 2 <= v <= 8, "0 (none) or 2 to 8")
         even = self.d_local % (2 * self.n_heads) == 0
         _require(even, "model.patches.n_heads", self.n_heads, f"heads of an even width that divide model.patches.d_local={self.d_local}")
@@ -101,13 +101,17 @@ class PatchConfig:
 
     def _check_grid(self) -> None:
         "Where every patch has the same number of slots, that number must be known; one patch alone is no gate's choice."
-        slots = [name for name, value in (("encoder", "patch"), ("decoder", "parallel"), ("unpooling", "linear")) if getattr(self, name) == value]
-        if slots and not self.max_size:
-            value = getattr(self, slots[0])
-            raise ConfigError(f"model.patches.{slots[0]}={value!r} needs to know the longest patch; set model.patches.max_size to 1 or more")
+        slots = dict(encoder="patch", decoder="parallel", unpooling="linear")
+        gridded = [f"{name}={value}" for name, value in slots.items() if getattr(self, name) == value]
+        _require(not gridded or self.max_size >= 1, "model.patches.max_size", self.max_size, f"1 or more with {', '.join(gridded)}")
+        _require(self.decoder != "parallel" or self.unpooling != "attention", "model.patches.unpooling", self.unpooling,
+                 "repeat or linear with decoder=parallel, which sees no bytes to ask with")
         _require(self.encoder == "window" or self.encoder_layers >= 1, "model.patches.encoder_layers", self.encoder_layers,
                  "1 or more with encoder=patch")
         _require(self.patcher != "gate" or self.encoder == "window", "model.patches.encoder", self.encoder, "window with patcher=gate")
+        _require(self.patcher != "gate" or not self.position, "model.patches.position", self.position,
+                 "false with patcher=gate, which cuts after the bytes were embedded")
+        _require(self.patcher != "gate" or self.size >= 2, "model.patches.size", self.size, "2 or more with patcher=gate")
 
 # %% ../nbs/01_config.ipynb #cf641915
 Ffn = Literal["swiglu", "gelu", "relu2"]
@@ -151,6 +155,7 @@ class ModelConfig:
         even = self.positions not in ("rope", "sinusoidal") or self.d_head % 2 == 0
         _require(even, "model.n_heads", self.n_heads, f"an even head width, now {self.d_head}, with positions={self.positions}")
         _require_each(self, "model.rope_fraction", lambda v: 0 < v <= 1, "more than 0, at most 1")
+        _require_each(self, "model.rope_fraction", lambda v: v == 1 or self.positions == "rope", f"1 with model.positions={self.positions}")
         _require_each(self, "model.embedding_rank", lambda v: v >= 0, "0 (no projection) or more")
         _require(not (self.embedding_rank and self.is_pooled), "model.embedding_rank", self.embedding_rank, "0 with patches")
         self._check_sharing()
@@ -200,7 +205,8 @@ def tokenizer_vocab_size(name: str # as in `DataConfig.tokenizer`
         return 50257
     if kind == "bpe" and size.isdecimal() and int(size) >= 257:
         return int(size)
-    raise ConfigError(f"data.tokenizer={name!r} is not possible; allowed: bytes, gpt2, bpe:V with V of 257 or more, bytes+gpt2, bytes+bpe:V")
+    allowed = "bytes, gpt2, bpe:V with V of 257 or more, bytes+gpt2, bytes+bpe:V"
+    raise ConfigError(f"data.tokenizer={name!r} is not possible; allowed: {allowed}")
 
 # %% ../nbs/01_config.ipynb #953a65ba
 Schedule = Literal["cosine", "linear"]
@@ -274,7 +280,7 @@ class RunConfig:
     def _check_patches(self) -> None:
         patcher, tokenizer = self.model.patches.patcher, self.data.tokenizer
         if patcher == "marks":
-            _require(tokenizer.startswith("bytes+"), "data.tokenizer", tokenizer, "bytes+gpt2 or bytes+bpe:V with model.patches.patcher=marks")
+            _require(tokenizer.startswith("bytes+"), "data.tokenizer", tokenizer, "bytes+gpt2 or bytes+bpe:V with patcher=marks")
         elif patcher != "none":
             _require(tokenizer == "bytes", "data.tokenizer", tokenizer, f"bytes with model.patches.patcher={patcher}")
 
@@ -397,9 +403,10 @@ def all_fields(kind: type = RunConfig, # a configuration
                prefix: str = ""        # where it stands in the tree
                ) -> list[str]:         # dotted names, such as "model.sharing.ffn"
     "Every field that an override can name."
-    hints = get_type_hints(kind)
-    return [name for f in fields(kind)
-            for name in (all_fields(hints[f.name], f"{prefix}{f.name}.") if dataclasses.is_dataclass(hints[f.name]) else [f"{prefix}{f.name}"])]
+    names: list[str] = []
+    for name, hint in get_type_hints(kind).items():
+        names += all_fields(hint, f"{prefix}{name}.") if isinstance(hint, type) and dataclasses.is_dataclass(hint) else [f"{prefix}{name}"]
+    return names
 
 
 def parse_overrides(settings: list[str]  # "a.b=c", as after --set

@@ -171,8 +171,9 @@ def test_an_unwritable_cache_is_one_line(tmp_path, monkeypatch, corpus):
 # The same bytes, whoever does the work
 
 
-def test_parallel_equals_serial(cache, corpus, tmp_path):
-    config = DataConfig(**settings_for(corpus, "bpe:512"), max_bytes=1_500_000)
+@pytest.mark.parametrize("tokenizer", ["bpe:512", "bytes+bpe:512"])
+def test_parallel_equals_serial(cache, corpus, tmp_path, tokenizer):
+    config = DataConfig(**settings_for(corpus, tokenizer), max_bytes=1_500_000)
     tokenizer = open_tokenizer(config)
     documents = list(split_documents(open_corpus(config.corpus), config))
     folders = {workers: tmp_path / str(workers) for workers in (0, 1, 3)}
@@ -183,7 +184,7 @@ def test_parallel_equals_serial(cache, corpus, tmp_path):
     assert len(list(folders[0].glob("train-*.bin"))) > 3
 
 
-@pytest.mark.parametrize("tokenizer", ["bytes", "bpe:512"])
+@pytest.mark.parametrize("tokenizer", ["bytes", "bpe:512", "bytes+bpe:512"])
 def test_documents_come_back(cache, corpus, tokenizer):
     config = DataConfig(**settings_for(corpus, tokenizer), max_bytes=2_000_000)
     dataset = prepare(config, show_progress=False)

@@ -90,7 +90,7 @@ def test_every_parameter_is_counted_once_and_gets_a_gradient():
             assert parameter.grad is not None and parameter.grad.abs().sum() > 0, (switches, name)
         assert sum(parameter.numel() for parameter in model.parameters()) == account(model.config).unique_parameters, switches
         assert sum(tensor.numel() for tensor in model.state_dict().values()) == account(model.config).unique_parameters  # no aliases
-        assert (model.head_weight is model.embedding.weight) == model.config.tied_head
+        assert (model.head_weight is model.body.embedding.weight) == model.config.tied_head
 
 
 @torch.no_grad()
@@ -139,20 +139,20 @@ def test_dropout_acts_on_the_embedding_and_on_both_branches():
 def test_what_is_shared_may_as_well_be_written_out(sharing):
     """A model whose layers are all its own, given the shared weights with their corrections, computes the same."""
     model, ids = small_model(n_layers=5, sharing=SharingConfig(**sharing), qk_norm=True), random_ids(2, T)
-    layers, sharing = model.core.plan, model.config.sharing
+    layers, sharing = model.body.core.plan, model.config.sharing
     written_out = small_model(n_layers=len(layers), qk_norm=True)
     written_out.load_state_dict({name: tensor for name, tensor in model.state_dict().items() if "core." not in name or "core.norm" in name},
                                 strict=False)
     for number, layer in enumerate(layers):
-        own, block = written_out.core, model.core.blocks[layer.block]
+        own, block = written_out.body.core, model.body.core.blocks[layer.block]
         own.blocks[number].load_state_dict({k: v for k, v in block.state_dict().items() if "lora" not in k})
-        for network, stored, lora in [(own.attentions[number], model.core.attentions[layer.attention], block.attention_lora),
-                                      (own.ffns[number], model.core.ffns[layer.ffn], block.ffn_lora)]:
+        for network, stored, lora in [(own.attentions[number], model.body.core.attentions[layer.attention], block.attention_lora),
+                                      (own.ffns[number], model.body.core.ffns[layer.ffn], block.ffn_lora)]:
             network.load_state_dict(stored.state_dict())
             for name, low_rank in (lora or {}).items():
                 getattr(network, name).weight += sharing.lora_scale * low_rank.b.weight @ low_rank.a.weight
-    if model.core.iterations is not None:
-        model.core.iterations.zero_()  # the model written out knows no passes
+    if model.body.core.iterations is not None:
+        model.body.core.iterations.zero_()  # the model written out knows no passes
     torch.testing.assert_close(model(ids), written_out(ids), rtol=1e-4, atol=1e-4)
 
 
@@ -161,8 +161,8 @@ def test_corrections_are_for_shared_networks_alone_and_begin_without_effect():
     torch.manual_seed(0)
     sizes = dict(vocab_size=V, context=T, n_layers=6, d_model=24, n_heads=6, n_kv_heads=2, d_ff=32)
     model = LanguageModel(ModelConfig(**sizes, sharing=SharingConfig(ffn="all", free_ends=1, lora_rank=4))).eval()
-    assert [block.ffn_lora is not None for block in model.core.blocks] == [False, True, True, True, True, False]
-    assert all(block.attention_lora is None for block in model.core.blocks)
+    assert [block.ffn_lora is not None for block in model.body.core.blocks] == [False, True, True, True, True, False]
+    assert all(block.attention_lora is None for block in model.body.core.blocks)
     plain = LanguageModel(ModelConfig(**sizes, sharing=SharingConfig(ffn="all", free_ends=1))).eval()
     plain.load_state_dict({name: tensor for name, tensor in model.state_dict().items() if "lora" not in name})
     assert torch.equal(model(random_ids(2, T)), plain(random_ids(2, T)))

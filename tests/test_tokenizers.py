@@ -13,12 +13,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from stlm.config import DataConfig
-from stlm.data.tokenizers import ByteTokenizer, Gpt2Tokenizer, Tokenizer, load_tokenizer, open_tokenizer, train_bpe
+from stlm.data.tokenizers import ByteTokenizer, Gpt2Tokenizer, MarkedTokenizer, Tokenizer, load_tokenizer, open_tokenizer, train_bpe
 from stlm.foundation import StlmError
 
 TRAINING_TEXT = " ".join("".join(random.Random(i).choices("aeinorst", k=1 + i % 6)) for i in range(2000))
 LEARNED = train_bpe("bpe:400", [TRAINING_TEXT])
-PIECES = ["<|endoftext|>", "\0", "👩‍👩‍👧", " ", "\r\n", "the", "é", "'ll", "123", "\u2028"]
+MARKED = MarkedTokenizer(LEARNED)
+PIECES = ["<|endoftext|>", "\0", "👩‍👩‍👧", " ", "\r\n", "the", "é", "'ll", "'", "l", "123", "\u2028", "\x1c", "!"]
 TEXTS = st.text() | st.lists(st.sampled_from(PIECES)).map("".join)
 
 needs_gpt2 = pytest.mark.skipif("STLM_SHARED_DATA" not in os.environ, reason="STLM_SHARED_DATA names no folder with GPT-2's vocabulary")
@@ -42,7 +43,7 @@ def assert_exact(tokenizer: Tokenizer, text: str) -> None:
 
 @given(TEXTS)
 @settings(max_examples=200, deadline=None)
-@pytest.mark.parametrize("tokenizer", [ByteTokenizer(), LEARNED], ids=lambda tokenizer: tokenizer.name)
+@pytest.mark.parametrize("tokenizer", [ByteTokenizer(), LEARNED, MARKED], ids=lambda tokenizer: tokenizer.name)
 def test_any_text_comes_back(tokenizer, text):
     assert_exact(tokenizer, text)
 
@@ -52,6 +53,53 @@ def test_any_text_comes_back(tokenizer, text):
 @settings(max_examples=200, deadline=None)
 def test_any_text_comes_back_from_gpt2(gpt2, text):
     assert_exact(gpt2, text)
+    assert_exact(MarkedTokenizer(gpt2), text)
+    assert_marks(MarkedTokenizer(gpt2), text)
+
+
+def assert_marks(marked: MarkedTokenizer, text: str) -> None:
+    "Taken apart at the marks, the stream is what the symbols of the inner tokenizer stand for."
+    symbols, patches = marked.inner.encode(text), [bytearray()]
+    for symbol in marked.encode(text):
+        if symbol == marked.end_of_patch_id:
+            patches.append(bytearray())
+        else:
+            patches[-1].append(symbol)
+    assert patches == [*(marked.inner.decode_bytes([symbol]) for symbol in symbols), b""]
+
+
+@given(TEXTS)
+@settings(max_examples=200, deadline=None)
+def test_marks_stand_where_the_inner_symbols_end(text):
+    assert_marks(MARKED, text)
+
+
+def assert_prompt(tokenizer: Tokenizer, prompt: str, continuation: str) -> None:
+    "What is said of a prompt holds whatever follows: the marks that stand in it and those that do not, up to its last word."
+    said, whole = tokenizer.encode_prompt(prompt), tokenizer.encode(prompt + continuation)
+    assert tokenizer.decode(said) == prompt
+    settled = max((place + 1 for place, symbol in enumerate(said) if symbol == tokenizer.end_of_patch_id), default=0)
+    assert said[:settled] == whole[:settled]
+
+
+@given(TEXTS, TEXTS)
+@settings(max_examples=500, deadline=None)
+def test_a_prompt_says_nothing_that_its_continuation_takes_back(prompt, continuation):
+    assert_prompt(MARKED, prompt, continuation)
+
+
+@needs_gpt2
+@given(prompt=TEXTS, continuation=TEXTS)
+@settings(max_examples=300, deadline=None)
+def test_nor_does_one_in_the_patches_of_gpt2(gpt2, prompt, continuation):
+    assert_prompt(MarkedTokenizer(gpt2), prompt, continuation)
+
+
+@pytest.mark.parametrize("prompt", ["a rest", "a rest one", "it's re", "none, no", "a\n\n  tree "])
+def test_only_the_last_word_of_a_prompt_is_left_open(prompt):
+    said = MARKED.encode_prompt(prompt)
+    last = prompt.rstrip(" ").rpartition(" ")[0] if not prompt.endswith(" ") else prompt.rstrip()
+    assert said[:-len(prompt[len(last):])] == MARKED.encode(last)
 
 
 @given(st.lists(st.integers(0, 399)))
@@ -64,7 +112,7 @@ def test_any_symbols_can_be_decoded(ids):
 
 @given(st.text(st.characters()), st.characters(categories=["Cs"]), st.text())
 @settings(deadline=None)
-@pytest.mark.parametrize("tokenizer", [ByteTokenizer(), LEARNED], ids=lambda tokenizer: tokenizer.name)
+@pytest.mark.parametrize("tokenizer", [ByteTokenizer(), LEARNED, MARKED], ids=lambda tokenizer: tokenizer.name)
 def test_a_lone_surrogate_is_named(tokenizer, before, surrogate, after):
     before = before.encode("utf-8", "ignore").decode()
     with pytest.raises(StlmError, match=f"character {len(before)} of the text is a lone surrogate"):
@@ -118,7 +166,7 @@ def test_gpt2_is_gpt2_and_its_folder_needs_no_network(gpt2, tmp_path, monkeypatc
     assert isinstance(again, Gpt2Tokenizer) and again.encode("It's naïve 😀") == gpt2.encode("It's naïve 😀")
 
 
-@pytest.mark.parametrize("tokenizer", [ByteTokenizer(), LEARNED], ids=lambda tokenizer: tokenizer.name)
+@pytest.mark.parametrize("tokenizer", [ByteTokenizer(), LEARNED, MARKED], ids=lambda tokenizer: tokenizer.name)
 def test_damage_is_refused(tokenizer, tmp_path):
     tokenizer.save(tmp_path)
     file = tmp_path / "tokenizer.json"

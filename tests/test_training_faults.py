@@ -169,7 +169,7 @@ def test_loops_that_begin_midway_survive_a_stop(project, overrides, tmp_path, st
     states = []
     for _ in range(stop):
         first.step()
-        states.append(first.model.core.looping)
+        states.append(first.model.body.core.looping)
     assert states == [step >= 6 for step in range(stop)]
     first.save()
     again = train(config, tmp_path / "stopped", show_progress=False)
@@ -187,8 +187,9 @@ def test_what_is_shared_stays_shared(project, overrides, tmp_path):
     assert {id(p) for p in optimized} == {id(p) for p in trainer.model.parameters()} and len(optimized) == len(trainer.optimizer.state)
     loaded, _ = from_pretrained(run.model_folder, "cpu")
     for model in (trainer.model, loaded, loaded.to(torch.float64), loaded.to("cpu", torch.bfloat16)):
-        assert model.head_weight is model.embedding.weight and model.core.looping
-        assert (len(model.core.blocks), len(model.core.attentions), len(model.core.ffns), len(model.core.plan)) == (4, 3, 3, 6)
+        core = model.body.core
+        assert model.head_weight is model.body.embedding.weight and core.looping
+        assert (len(core.blocks), len(core.attentions), len(core.ffns), len(core.plan)) == (4, 3, 3, 6)
         tensors = [p.data_ptr() for p in model.parameters()]
         assert len(set(tensors)) == len(tensors) == len(model.state_dict())
         assert sum(p.numel() for p in model.parameters()) == account(config.model).unique_parameters

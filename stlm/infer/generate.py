@@ -138,7 +138,7 @@ def stream(model: LanguageModel,
     "Write on from a prompt, piece by piece; warns where it exceeds the context. Raises `StlmError` at once for a wrong setting."
     sampling = Sampling(max_tokens, temperature, top_k, top_p, seed)
     check_pair(model, tokenizer)
-    symbols = [tokenizer.eot_id, *tokenizer.encode(prompt)]
+    symbols = [tokenizer.eot_id, *tokenizer.encode_prompt(prompt)]
     if len(symbols) > model.config.context:
         warnings.warn(f"the prompt has {len(symbols)} symbols; the model reads the last {model.config.context} of them", stacklevel=2)
     written = steps(model, symbols, sampling, tokenizer.eot_id)

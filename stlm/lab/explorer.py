@@ -11,12 +11,13 @@ import math
 import shlex
 from collections.abc import Iterable, Mapping
 from html import escape
+from threading import RLock
 from typing import Any, get_args
 
 import ipywidgets as widgets
 import numpy as np
 
-from ..config import PRESETS, Ffn, FfnSharing, Positions, RunConfig, preset, tokenizer_vocab_size
+from ..config import PRESETS, Ffn, Positions, RunConfig, Sharing, preset, tokenizer_vocab_size
 from ..foundation import StlmError
 from ..hardware import peak_flops, pick_device, pick_precision
 from .plots import PARTS, parts, short
@@ -42,6 +43,14 @@ def planned_bytes(config: RunConfig # steps or bytes decide
     return config.train.bytes or symbols * typical_bytes_per_token(config.data.tokenizer)
 
 
+def _divisors(number: int) -> list[int]:
+    return [d for d in range(1, number + 1) if number % d == 0]
+
+
+def _kv_heads(heads: int, group: int) -> int: # group = heads that share keys and values, at most
+    return heads // max(size for size in _divisors(heads) if size <= group)
+
+
 def controls(name: str          # one of `PRESETS`
              ) -> dict[str, Any]: # name of the control -> its value
     "Where the controls stand for a preset."
@@ -49,9 +58,9 @@ def controls(name: str          # one of `PRESETS`
     model, (family, _, _) = config.model, config.data.tokenizer.partition(":")
     return {"preset": name,
             "family": family, "vocabulary": model.vocab_size if family == "bpe" else 4096, "tied_head": model.tied_head,
-            "layers": model.n_layers, "heads": model.n_heads, "head_width": model.d_head, "kv_heads": model.n_kv_heads,
-            "positions": model.positions, "context": model.context,
-            "ffn": model.ffn, "ffn_ratio": model.d_ff / model.d_model, "ffn_sharing": model.ffn_sharing,
+            "layers": model.n_layers, "heads": model.n_heads, "head_width": model.d_head,
+            "kv_group": model.n_heads // model.n_kv_heads, "positions": model.positions, "context": model.context,
+            "ffn": model.ffn, "ffn_ratio": model.d_ff / model.d_model, "ffn_sharing": model.sharing.ffn,
             "text": planned_bytes(config)}
 
 
@@ -59,10 +68,10 @@ def _wanted(values: Mapping[str, Any]) -> dict[str, Any]: # every field that the
     width = values["heads"] * values["head_width"]
     return {"data.tokenizer": f"bpe:{values['vocabulary']}" if values["family"] == "bpe" else values["family"],
             "model.tied_head": values["tied_head"], "model.n_layers": values["layers"], "model.d_model": width,
-            "model.n_heads": values["heads"], "model.n_kv_heads": values["kv_heads"], "model.positions": values["positions"],
-            "model.context": values["context"], "model.ffn": values["ffn"],
+            "model.n_heads": values["heads"], "model.n_kv_heads": _kv_heads(values["heads"], values["kv_group"]),
+            "model.positions": values["positions"], "model.context": values["context"], "model.ffn": values["ffn"],
             "model.d_ff": max(8, 8 * round(values["ffn_ratio"] * width / 8)),  # multiples of 8 suit the hardware
-            "model.ffn_sharing": values["ffn_sharing"]}
+            "model.sharing.ffn": values["ffn_sharing"]}
 
 
 def overrides(values: Mapping[str, Any] # name of the control -> its value
@@ -244,8 +253,8 @@ def in_one_line(config: RunConfig # what the controls say
                        f"{model.vocab_size:,} symbols of {'1 byte' if length == 1 else f'about {length:.1f} bytes'}"])
 
 # %% ../../nbs/73_lab.explorer.ipynb #f541aa81
-def _with(values: Iterable[Any], *more: Any) -> list[Any]: # in order, each once
-    return sorted({*values, *more})
+def _with_presets(values: Iterable[Any], name: str) -> list[Any]: # in order, each once; name of the control
+    return sorted({*values, *(controls(each)[name] for each in PRESETS)})
 
 
 def _one_two_five(low: float, high: float) -> list[float]: # round numbers from low to high
@@ -255,6 +264,7 @@ def _one_two_five(low: float, high: float) -> list[float]: # round numbers from 
 
 _SHARING = {"none": "each layer its own", "all": "one for all layers"}
 _POSITIONS = {"rope": "RoPE", "learned": "learned", "sinusoidal": "sinusoidal", "alibi": "ALiBi", "none": "none"}
+_MOST_HEADS = 32
 _MACHINES = {312e12: "A100", 989e12: "H100"}  # dense bf16, from their data sheets
 
 
@@ -266,51 +276,57 @@ def _round(number: float) -> str: # a round number without its zeros
     return short(number).replace(".00 ", " ").replace(".0 ", " ")
 
 
-def _texts(planned: float) -> list[tuple[str, float]]:
-    return [(f"{_round(size)}B", size) for size in _with(_one_two_five(1e5, 1e12), planned)]
+def _texts() -> list[tuple[str, float]]:
+    return [(f"{_round(size)}B", size) for size in _with_presets(_one_two_five(1e5, 1e12), "text")]
+
+
+def _groups() -> list[tuple[str, int]]: # enough of them to reach every divisor of every number of heads
+    sizes = _with_presets((2, 3, 4, 5, 6, 7, 8, 10, 12, 16), "kv_group")
+    return [("1", 1), *((f"≤ {size}", size) for size in sizes if 1 < size < _MOST_HEADS), ("all", _MOST_HEADS)]
+
+
+def _ratios() -> list[tuple[str, float]]:
+    return [(str(round(ratio, 3)), ratio) for ratio in _with_presets((tenths / 10 for tenths in range(5, 81)), "ffn_ratio")]
 
 
 def _speeds(measured: float) -> list[tuple[str, float]]:
     names = _MACHINES | {measured: "here"}
-    return [(f"{_round(speed)} {names.get(speed, '')}".strip(), speed) for speed in _with(_one_two_five(1e10, 1e15), *names)]
-
-
-def _divisors(number: int) -> list[int]:
-    return [d for d in range(1, number + 1) if number % d == 0]
+    return [(f"{_round(speed)} {names.get(speed, '')}".strip(), speed) for speed in sorted({*_one_two_five(1e10, 1e15), *names})]
 
 # %% ../../nbs/73_lab.explorer.ipynb #069705a4
 def _control(kind: type, description: str, tip: str, **options: Any) -> Any: # a widget in the style of the others
     return kind(description=description, tooltip=tip, style={"description_width": "96px"}, layout={"width": "100%"}, **options)
 
 
-def _make_controls(start: Mapping[str, Any], # name of the control -> its value, `peak` included
+def _make_controls(peak: float # operations a second of the hardware at best
                    ) -> dict[str, widgets.Widget]:
     slide, menu = widgets.SelectionSlider, widgets.Dropdown
     return {
         "preset": _control(menu, "Preset", "where to start, and what to compare with", options=list(PRESETS)),
         "family": _control(menu, "Symbols", "data.tokenizer", options=[("byte pairs (BPE)", "bpe"), ("GPT-2", "gpt2"), ("bytes", "bytes")]),
-        "vocabulary": _control(slide, "Vocabulary", "byte-pair symbols", options=_with(TYPICAL_BYTES, start["vocabulary"])),
+        "vocabulary": _control(slide, "Vocabulary", "byte-pair symbols", options=_with_presets(TYPICAL_BYTES, "vocabulary")),
         "tied_head": _control(menu, "Output head", "model.tied_head", options=[("is the embedding", True), ("its own matrix", False)]),
         "layers": _control(widgets.IntSlider, "Layers", "model.n_layers", min=1, max=48),
-        "heads": _control(widgets.IntSlider, "Heads", "model.n_heads; width = heads × head width", min=1, max=32),
+        "heads": _control(widgets.IntSlider, "Heads", "model.n_heads; width = heads × head width", min=1, max=_MOST_HEADS),
         "head_width": _control(slide, "Head width", "model.d_model = heads × head width",
-                               options=_with((8, 16, 24, 32, 48, 64, 80, 96, 128), start["head_width"])),
-        "kv_heads": _control(slide, "KV heads", "model.n_kv_heads: query heads share them in groups", options=_divisors(start["heads"])),
+                               options=_with_presets((8, 16, 24, 32, 48, 64, 80, 96, 128), "head_width")),
+        "kv_group": _control(slide, "Heads per KV", "model.n_kv_heads: the largest groups that divide the heads share keys and values",
+                             options=_groups()),
         "positions": _control(menu, "Positions", "model.positions", options=_named(Positions, _POSITIONS)),
-        "context": _control(slide, "Context", "model.context, in symbols", options=_with((2 ** p for p in range(5, 14)), start["context"])),
+        "context": _control(slide, "Context", "model.context, in symbols",
+                            options=_with_presets((2 ** p for p in range(5, 14)), "context")),
         "ffn": _control(menu, "Kind", "model.ffn: SwiGLU has three matrices, the others two", options=_named(Ffn, _FFN)),
-        "ffn_ratio": _control(widgets.FloatSlider, "Width ratio", "model.d_ff / model.d_model", min=0.5, max=8, step=0.1,
-                              readout_format=".1f"),
-        "ffn_sharing": _control(menu, "Sharing", "model.ffn_sharing", options=_named(FfnSharing, _SHARING)),
-        "text": _control(slide, "Text", "raw bytes of text to train on", options=_texts(start["text"])),
-        "peak": _control(slide, "FLOP/s", "what the hardware can do at best", options=_speeds(start["peak"])),
-        "utilisation": _control(widgets.FloatSlider, "Of it in use", "MFU: the share that training reaches", min=0.05, max=1, step=0.05,
-                                readout_format=".0%"),
+        "ffn_ratio": _control(slide, "Width ratio", "model.d_ff / model.d_model", options=_ratios()),
+        "ffn_sharing": _control(menu, "Sharing", "model.sharing.ffn", options=_named(Sharing, _SHARING)),
+        "text": _control(slide, "Text", "raw bytes of text to train on", options=_texts()),
+        "peak": _control(slide, "FLOP/s", "what the hardware can do at best", options=_speeds(peak)),
+        "utilisation": _control(slide, "Of it in use", "MFU: the share that training reaches",
+                                options=[(f"{percent}%", percent / 100) for percent in range(5, 101, 5)]),
     }
 
 
 _GROUPS = {"Vocabulary": ("family", "vocabulary", "tied_head"),
-           "Transformer": ("layers", "heads", "head_width", "kv_heads", "positions", "context"),
+           "Transformer": ("layers", "heads", "head_width", "kv_group", "positions", "context"),
            "Feed-forward": ("ffn", "ffn_ratio", "ffn_sharing"),
            "Budget": ("text", "peak", "utilisation")}
 
@@ -330,19 +346,19 @@ class Explorer:
             device = pick_device("auto")
             peak = peak_flops(device, pick_precision("auto", device))
         start = controls(_checked(preset)) | {"peak": peak, "utilisation": 0.4}
-        self._resting = True
-        self.controls = _make_controls(start)
+        self._turn, self._moving = RLock(), False
+        self.controls = _make_controls(peak)
         self.head, self.picture, self.numbers, self.words = (widgets.HTML() for _ in range(4))
         self.button = widgets.Button(description="Write parameters", icon="pencil", button_style="primary", layout={"width": "max-content"},
                                      tooltip="as a papermill cell and as a command")
         self.cell, self.shell = (widgets.Textarea(layout={"width": "100%", "height": height}) for height in ("150px", "64px"))
         self.written = widgets.VBox(layout={"display": "none"})
         self.view = self._arrange()
+        self.controls["preset"].value = preset
         self._move(start)
         for control in self.controls.values():
             control.observe(self._changed, "value")
         self.button.on_click(self._write)
-        self._resting = False
         self.redraw()
 
     def _repr_mimebundle_(self, **options: Any) -> Any:
@@ -390,37 +406,21 @@ class Explorer:
         return summary(self.config, self.values["peak"], self.values["utilisation"])
 
     def _changed(self, change: Any) -> None:
-        if self._resting:
-            return
-        self._resting = True
-        try:
+        with self._turn:     # messages of different controls come in different threads: each waits for its turn, and none is dropped
+            if self._moving: # by the preset, which redraws at the end
+                return
             if change.owner is self.controls["preset"]:
-                self._move(controls(change.new))
-            elif change.owner is self.controls["heads"]:
-                self._offer("kv_heads", _divisors(change.new), self._nearest_kv_heads(change.old, change.new))
+                self._move(controls(change.owner.value))  # not `change.new`: another may have been chosen meanwhile
             self.redraw()
-        finally:
-            self._resting = False
-
-    def _nearest_kv_heads(self, old: int, new: int) -> int: # keeps the groups as large as they were, where it can
-        wished = self.values["kv_heads"] if self.values["kv_heads"] < old else new
-        return min(_divisors(new), key=lambda d: (abs(math.log(d / wished)), d))
-
-    def _offer(self, name: str, options: list[Any], value: Any) -> None:
-        control = self.controls[name]
-        if list(control.options) != options:
-            control.options = options
-        control.value = value
 
     def _move(self, values: Mapping[str, Any]) -> None:
-        "Move every control that is named, and let the sliders offer the new values."
-        choices = self.controls
-        self._offer("kv_heads", _divisors(values["heads"]), values["kv_heads"])
-        self._offer("text", _texts(values["text"]), values["text"])
-        for name in ("vocabulary", "head_width", "context"):
-            self._offer(name, _with(choices[name].options, values[name]), values[name])
-        for name, value in values.items():
-            choices[name].value = value
+        "Move every control that is named, but the preset: that one is the user's."
+        self._moving = True
+        try:
+            for name in (each for each in values if each != "preset"):
+                self.controls[name].value = values[name]
+        finally:
+            self._moving = False
 
     def redraw(self) -> None:
         "Show what the controls say."

@@ -41,22 +41,24 @@ def _angles(length: int, width: int, theta: float) -> Tensor: # (length, width /
 
 
 class Rope(Positions):
-    "Rotary position embedding (Su et al., 2021)."
-    cos: Tensor  # (context, d_head / 2)
-    sin: Tensor  # (context, d_head / 2)
+    "Rotary position embedding (Su et al., 2021) of all coordinates of a head or the first of them."
+    cos: Tensor  # (context, turned coordinates / 2)
+    sin: Tensor  # (context, turned coordinates / 2)
 
-    def __init__(self, config: ModelConfig): # `context`, `d_head` and `rope_theta` decide
+    def __init__(self, config: ModelConfig): # `context`, `d_head`, `rope_fraction` and `rope_theta` decide
         super().__init__()
-        angles = _angles(config.context, config.d_head, config.rope_theta)
+        self.turned = 2 * max(1, round(config.rope_fraction * config.d_head / 2))  # coordinates, in pairs
+        angles = _angles(config.context, self.turned, config.rope_theta)
         self.register_buffer("cos", angles.cos(), persistent=False)
         self.register_buffer("sin", angles.sin(), persistent=False)
 
     def rotate(self, x: Tensor, start: int) -> Tensor: # (B, heads, T, d_head) -> the same
         "Turn pairs of coordinates by angles that grow with the position, in float32."
         rows = slice(start, start + x.shape[2])
-        cos, sin = self.cos[rows], self.sin[rows]  # (T, d_head / 2)
-        left, right = x.float().chunk(2, dim=-1)   # (B, heads, T, d_head / 2)
-        return torch.cat([left * cos - right * sin, left * sin + right * cos], dim=-1).to(x.dtype)
+        cos, sin = self.cos[rows], self.sin[rows]                         # (T, turned / 2)
+        left, right = x[..., :self.turned].float().chunk(2, dim=-1)       # (B, heads, T, turned / 2)
+        turned = torch.cat([left * cos - right * sin, left * sin + right * cos], dim=-1).to(x.dtype)
+        return torch.cat([turned, x[..., self.turned:]], dim=-1)
 
 # %% ../../nbs/21_model.positions.ipynb #7d2943d2
 class LearnedPositions(Positions):
