@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['PALETTE', 'INK', 'SOFT', 'FAINT', 'X', 'PARTS', 'style', 'png', 'show', 'spread', 'learning_curves',
            'learning_curves_by_bytes_and_time', 'loss_curve', 'parts', 'short', 'parameter_bars', 'draw_plan',
-           'intervals']
+           'intervals', 'lines', 'scatter']
 
 # %% ../../nbs/70_lab.plots.ipynb #1b45b592
 import base64
@@ -364,3 +364,44 @@ def _draw_interval(axis: Axes, place: int, row: tuple[float, float, float], limi
     axis.plot([value], [place], "o", color=colour, markersize=8)
     axis.annotate(f"{value:.3f}", (value, place), (0, 8), textcoords="offset points", ha="center", size=9.5, color=colour,
                   bbox=dict(facecolor="white", edgecolor="none", pad=0.5))
+
+# %% ../../nbs/70_lab.plots.ipynb #743a0cde
+def lines(curves: Mapping[str, pd.Series],            # name -> heights, with their places as the index
+          x: str, y: str,                             # what the axes show
+          log_x: bool = False,                        # doublings have equal distances
+          figsize: tuple[float, float] = (6.4, 3.4)   # inches
+          ) -> Figure:
+    "One line for each series, its name at its end."
+    with style():
+        figure = Figure(figsize=figsize)
+        axis = figure.subplots()
+        ends = {}
+        for number, (name, curve) in enumerate(curves.items()):
+            colour = PALETTE[number % len(PALETTE)]
+            axis.plot(curve.index, curve.to_numpy(), "o-", color=colour, markersize=4)
+            ends[name] = (float(curve.index[-1]), float(curve.iloc[-1]), colour)
+        if log_x:
+            places = sorted({place for curve in curves.values() for place in curve.index})
+            axis.set_xscale("log", base=2)
+            axis.set_xticks(places, [f"{place:,}" for place in places])
+        axis.set_xlabel(x)
+        axis.set_title(y, color=SOFT)
+        _label_ends(axis, ends)
+    return figure
+
+
+def scatter(points: Mapping[str, tuple[float, float]],  # name -> place and height
+            x: str, y: str,                             # what the axes show
+            figsize: tuple[float, float] = (6.4, 3.6)   # inches
+            ) -> Figure:
+    "One point for each name, which stands to the right."
+    with style():
+        figure = Figure(figsize=figsize)
+        axis = figure.subplots()
+        colours = {name: PALETTE[number % len(PALETTE)] for number, name in enumerate(points)}
+        axis.set_xlabel(x)
+        axis.set_title(y, color=SOFT)
+        for name, (place, height) in points.items():
+            axis.plot([place], [height], "o", color=colours[name], markersize=7)
+        _label_ends(axis, {name: (*point, colours[name]) for name, point in points.items()})
+    return figure
