@@ -58,6 +58,8 @@ class SharingConfig:
         _require_each(self, "model.sharing.times model.sharing.loops", lambda v: v >= 2, "2 or more")
         _require_each(self, "model.sharing.free_ends model.sharing.lora_rank model.sharing.loop_layers", lambda v: v >= 0, "0 or more")
         _require_each(self, "model.sharing.lora_scale", lambda v: v > 0, "more than 0")
+        shares = self.ffn != "none" or self.attention != "none"
+        _require(shares or not self.lora_rank, "model.sharing.lora_rank", self.lora_rank, "0 where nothing is shared")
 
 # %% ../nbs/01_config.ipynb #c25880c5
 Patcher = Literal["none", "stride", "space", "entropy", "gate", "marks"]
@@ -71,9 +73,9 @@ Decoder = Literal["window", "patch", "parallel"]
 class PatchConfig:
     "How bytes become patches and patches bytes. Raises `ConfigError` for an impossible combination."
     patcher: Patcher = "none"        # where a patch ends
-    size: int = 6                    # bytes in a patch: exactly (stride), or on average, as wished for (gate)
+    size: int = 6                    # bytes in a patch: exactly (stride), or on average, as wished for (gate, entropy)
     max_size: int = 0                # a patch ends after this many symbols at the latest; 0 = it may be of any length
-    threshold: float = 2.0           # bits of entropy above which a patch ends (entropy)
+    threshold: float = 0.0           # bits of entropy above which a patch ends (entropy); 0 = as much as makes patches `size` bytes long
     encoder: Encoder = "window"      # bytes see the bytes before them in a window, or all of their own patch and no other (the paper)
     pooling: Pool = "last"           # what stands for a patch: its last or first byte, mean, maximum, or what a query reads from it
     unpooling: Unpool = "repeat"     # a patch's answer reaches the next bytes as it is, by a slot for each position, or by attention

@@ -165,7 +165,7 @@ def _rules(config: ModelConfig) -> _Cost: # what decides where patches end; a fr
     if config.patches.patcher == "gate":
         matrices = 2 * config.patches.d_local ** 2
         return _Cost(matrices, 0, matrices)
-    return _Cost(others=_segmenter(config).unique_parameters if config.patches.patcher == "entropy" else 0)
+    return _Cost(others=_segmenter(config).unique_parameters + 1 if config.patches.patcher == "entropy" else 0)  # and its threshold
 
 
 def _local_costs(config: ModelConfig) -> list[_Cost]:
