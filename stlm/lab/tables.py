@@ -41,7 +41,7 @@ def cost_table(table: pd.DataFrame,               # one row a run
         "unique parameters": means["unique_parameters"].map("{:,.0f}".format),
         "executed parameters": means["executed_parameters"].map("{:,.0f}".format),
         "embedding + head": means["embedding_parameters"].map("{:,.0f}".format),
-        "bytes per patch": (means["bytes_per_token"] * means["symbols_per_patch"]).map("{:.2f}".format),
+        "bytes per run of the stack": (means["bytes_per_token"] * means["symbols_per_patch"]).map("{:.2f}".format),
         "forward FLOPs per byte": means["forward_flops_per_byte"].map("{:,.0f}".format),
         "training FLOPs per byte": means["training_flops_per_byte"].map("{:,.0f}".format),
         "KV cache, bytes per byte": means["kv_bytes_per_byte"].map("{:,.0f}".format),

@@ -171,4 +171,4 @@ class GridBlock(nn.Module):
         mask = None if filled is None else filled[:, None, None]
         x = x + self.out(F.scaled_dot_product_attention(q, k, v, mask).transpose(1, 2).flatten(2))
         bent = self.down(F.gelu(self.up(self.ffn_norm(x))))
-        return x + bent if self.keeps_width else bent
+        return x + bent if self.keeps_width else bent.to(x.dtype)  # sums stay in float32 under autocast
