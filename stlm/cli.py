@@ -110,12 +110,23 @@ def generate(folder: ModelArgument,
 @app.command()
 def info(names: Annotated[Optional[list[str]], typer.Argument(help="Presets to compare; all if not given.")] = None,  # noqa: UP045
          settings: SetOption = None,
-         bytes_per_token: Annotated[float, typer.Option(help="Raw bytes a symbol of a subword vocabulary stands for.")] = 4.0) -> None:
-    "Parameters, FLOPs and memory of presets, with overrides."
+         bytes_per_token: Annotated[float, typer.Option(help="Raw bytes a symbol of a subword vocabulary stands for; 0 = typical.")] = 0.0,
+         bytes_per_patch: Annotated[float, typer.Option(help="Raw bytes in a patch of a pooled model; 0 = typical.")] = 0.0) -> None:
+    "Parameters, FLOPs and memory of presets, with overrides. What is typical was measured on English prose."
     from stlm.model.accounting import table
     configs = {name: _config(name, settings) for name in names or PRESETS}
-    rows = [(name, config.model, 1.0 if config.data.tokenizer == "bytes" else bytes_per_token) for name, config in configs.items()]
-    print(table(rows).T.to_string())
+    print(table({name: _account(config, bytes_per_token, bytes_per_patch) for name, config in configs.items()}).T.to_string())
+
+
+def _account(config: RunConfig, bytes_per_token: float, bytes_per_patch: float) -> Any:
+    from stlm.lab.explorer import typical_account
+    from stlm.model.accounting import account
+    if config.model.is_pooled and bytes_per_patch:
+        symbols = bytes_per_patch + (config.model.patches.patcher == "marks")  # the mark is a symbol, too
+        return account(config.model, bytes_per_patch / symbols, symbols_per_patch=symbols)
+    if not config.model.is_pooled and config.data.tokenizer != "bytes" and bytes_per_token:
+        return account(config.model, bytes_per_token)
+    return typical_account(config)
 
 
 @app.command()

@@ -232,14 +232,16 @@ def loss_curve(log: pd.DataFrame,                       # as `Run.log` reads it
     return figure
 
 # %% ../../nbs/70_lab.plots.ipynb #04a79081
-PARTS = {"embedding": "#0b5fa5", "untied head": "#4580b6", "attention": "#b8480f", "feed-forward": "#00785a", "norms": "#68727d"}
+PARTS = {"embedding": "#0b5fa5", "untied head": "#4580b6", "bytes and patches": "#7b3fe4", "attention": "#b8480f",
+         "feed-forward": "#00785a", "norms": "#68727d"}
 
 
 def parts(figures: Account # of `model.accounting.account`
           ) -> dict[str, int]:
-    "Stored parameters by where they sit; embedding includes learned positions, the other parts what belongs to them (`Account`)."
+    "Stored parameters by where they sit, as `Account` divides them; bytes and patches are all that surrounds a pooled stack."
     return {"embedding": figures.embedding_parameters - figures.head_parameters, "untied head": figures.head_parameters,
-            "attention": figures.attention_parameters, "feed-forward": figures.ffn_parameters, "norms": figures.norm_parameters}
+            "bytes and patches": figures.local_parameters, "attention": figures.attention_parameters,
+            "feed-forward": figures.ffn_parameters, "norms": figures.norm_parameters}
 
 
 def short(number: float # a count
