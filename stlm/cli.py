@@ -110,12 +110,20 @@ def generate(folder: ModelArgument,
 @app.command()
 def info(names: Annotated[Optional[list[str]], typer.Argument(help="Presets to compare; all if not given.")] = None,  # noqa: UP045
          settings: SetOption = None,
-         bytes_per_token: Annotated[float, typer.Option(help="Raw bytes a symbol of a subword vocabulary stands for.")] = 4.0) -> None:
-    "Parameters, FLOPs and memory of presets, with overrides."
+         bytes_per_token: Annotated[float, typer.Option(help="Raw bytes a symbol of a subword vocabulary stands for.")] = 4.0,
+         windows: Annotated[int, typer.Option(min=1, help="Windows in one part of a step, for the memory of training.")] = 8,
+         megabytes: Annotated[float, typer.Option(min=0, help="Text to train on, for the hours on this machine; 0 = leave them out.")] = 0,
+         mfu: Annotated[float, typer.Option(min=0.001, max=1, help="Share of the machine's measured peak that training reaches.")] = 0.4,
+         device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:N or mps.")] = "auto") -> None:
+    "Parameters, FLOPs, memory and hours of presets, with overrides."
+    from stlm.hardware import peak_flops, pick_device, pick_precision
     from stlm.model.accounting import table
     configs = {name: _config(name, settings) for name in names or PRESETS}
-    rows = [(name, config.model, 1.0 if config.data.tokenizer == "bytes" else bytes_per_token) for name, config in configs.items()]
-    print(table(rows).T.to_string())
+    rows = [(name, config.model, 1.0 if config.data.tokenizer.startswith("bytes") else bytes_per_token) for name, config in configs.items()]
+    place = pick_device(device)
+    dtype = pick_precision("auto", place)
+    hours = dict(n_bytes=megabytes * 1e6, peak_flops=peak_flops(place, dtype), mfu=mfu) if megabytes else {}
+    print(table(rows, windows, dtype, **hours).T.to_string())
 
 
 @app.command()
