@@ -58,6 +58,8 @@ class SharingConfig:
         _require_each(self, "model.sharing.times model.sharing.loops", lambda v: v >= 2, "2 or more")
         _require_each(self, "model.sharing.free_ends model.sharing.lora_rank model.sharing.loop_layers", lambda v: v >= 0, "0 or more")
         _require_each(self, "model.sharing.lora_scale", lambda v: v > 0, "more than 0")
+        shares = self.ffn != "none" or self.attention != "none"
+        _require(shares or not self.lora_rank, "model.sharing.lora_rank", self.lora_rank, "0 where nothing is shared")
 
 # %% ../nbs/01_config.ipynb #c25880c5
 Patcher = Literal["none", "stride", "space", "entropy", "gate", "marks"]
@@ -71,9 +73,9 @@ Decoder = Literal["window", "patch", "parallel"]
 class PatchConfig:
     "How bytes become patches and patches bytes. Raises `ConfigError` for an impossible combination."
     patcher: Patcher = "none"        # where a patch ends
-    size: int = 6                    # bytes in a patch: exactly (stride), or on average, as wished for (gate)
+    size: int = 6                    # bytes in a patch: exactly (stride), or on average, as wished for (gate, entropy)
     max_size: int = 0                # a patch ends after this many symbols at the latest; 0 = it may be of any length
-    threshold: float = 2.0           # bits of entropy above which a patch ends (entropy)
+    threshold: float = 0.0           # bits of entropy above which a patch ends (entropy); 0 = as much as makes patches `size` bytes long
     encoder: Encoder = "window"      # bytes see the bytes before them in a window, or all of their own patch and no other (the paper)
     pooling: Pool = "last"           # what stands for a patch: its last or first byte, mean, maximum, or what a query reads from it
     unpooling: Unpool = "repeat"     # a patch's answer reaches the next bytes as it is, by a slot for each position, or by attention
@@ -424,6 +426,7 @@ _PAPER_TRAIN = dict(steps=50_000, batch_size=480, accumulation=20, lr=6e-4, warm
 # and 2.559 with 0.06 (batches of 8 windows), 2.510 with 0.06 and batches of 4.
 _DEMO_MODEL = dict(n_layers=4, d_model=160, n_heads=5, n_kv_heads=5, d_ff=448, init_std=0.06)
 _DEMO_TRAIN = dict(bytes=1_000_000, batch_size=4, lr=3e-3)
+_WORDS = dict(patcher="space", window=64, ngram=3)
 
 PRESETS: dict[str, dict[str, dict[str, Any]]] = {
     "stlm-10m": {"model": dict(n_layers=6, d_model=320, n_heads=10, n_kv_heads=5, d_ff=960),
@@ -435,12 +438,32 @@ PRESETS: dict[str, dict[str, dict[str, Any]]] = {
     "stlm-100m": {"model": dict(n_layers=13, d_model=672, n_heads=21, n_kv_heads=3, d_ff=2016),
                   "data": dict(corpus="openwebtext", tokenizer="gpt2"),
                   "train": _PAPER_TRAIN},
+    "paper-byte": {"model": dict(context=2816, tied_head=False, dropout=0.1, patches=dict(  # about as much text as 512 symbols of GPT-2
+                       patcher="marks", max_size=12, encoder="patch", encoder_layers=2, pooling="mean", unpooling="linear",
+                       decoder="parallel", decoder_layers=2, d_local=128, n_heads=8)),
+                   "data": dict(corpus="openwebtext", tokenizer="bytes+gpt2"),
+                   "train": _PAPER_TRAIN},
+    "stlm-byte-10m": {"model": dict(n_layers=6, d_model=336, n_heads=7, n_kv_heads=7, d_ff=928, context=2048,
+                                    patches=_WORDS | dict(d_local=128, n_heads=4, d_ff=384)),
+                      "data": dict(corpus="openwebtext", tokenizer="bytes"),
+                      "train": _PAPER_TRAIN | dict(lr=1e-3)},
+    "stlm-byte-50m": {"model": dict(n_layers=8, d_model=640, n_heads=10, n_kv_heads=10, d_ff=1920, context=2048,
+                                    patches=_WORDS | dict(d_local=256, n_heads=4, d_ff=704, decoder_layers=2, ngram_buckets=16384)),
+                      "data": dict(corpus="openwebtext", tokenizer="bytes"),
+                      "train": _PAPER_TRAIN},
+    "stlm-byte-100m": {"model": dict(n_layers=12, d_model=768, n_heads=12, n_kv_heads=12, d_ff=2144, context=2048,
+                                     patches=_WORDS | dict(d_local=384, n_heads=6, d_ff=1024, decoder_layers=2, ngram_buckets=16384)),
+                       "data": dict(corpus="openwebtext", tokenizer="bytes"),
+                       "train": _PAPER_TRAIN},
     "demo-bpe": {"model": _DEMO_MODEL | dict(context=128),
                  "data": dict(tokenizer="bpe:4096"),
                  "train": _DEMO_TRAIN},
     "demo-bytes": {"model": _DEMO_MODEL | dict(context=512),  # about as many bytes as 128 symbols of bpe:4096
                    "data": dict(tokenizer="bytes"),
                    "train": _DEMO_TRAIN},
+    "demo-pooled": {"model": _DEMO_MODEL | dict(context=512, patches=_WORDS | dict(d_local=96, n_heads=3, d_ff=256, ngram_buckets=4096)),
+                    "data": dict(tokenizer="bytes"),
+                    "train": _DEMO_TRAIN},
 }
 
 

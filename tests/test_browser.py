@@ -15,7 +15,8 @@ from pathlib import Path
 import pytest
 
 from stlm.config import preset
-from stlm.lab.explorer import command, parameters_cell
+from stlm.lab.explorer import TYPICAL_ENTROPY, TYPICAL_GPT2, TYPICAL_WORD, command, parameters_cell
+from stlm.lab.plots import short
 from stlm.model.accounting import account
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -104,33 +105,73 @@ def test_the_explorer_answers_in_a_real_jupyterlab(browser, lab: str) -> None:
     expect_numbers()
     press(page, "Layers", "ArrowRight")
     expect_numbers(model__n_layers=9)
-    control(page, "Sharing").locator("select").select_option(label="one for all layers")
-    expect_numbers(model__n_layers=9, model__ffn_sharing="all")
+    control(page, "Feed-forward").locator("select").select_option(label="one for all layers")
+    expect_numbers(model__n_layers=9, model__sharing__ffn="all")
     expect(page.locator(".stlm-explorer .note")).to_contain_text("Sharing saves memory, not time.")
 
-    changes = {"model.n_layers": 9, "model.ffn_sharing": "all"}
+    changes = {"model.n_layers": 9, "model.sharing.ffn": "all"}
     page.get_by_role("button", name="Write parameters").click()
     cell, shell = page.locator(".stlm-explorer textarea").all()
     expect(cell).to_have_value(parameters_cell("stlm-50m", changes))
     expect(shell).to_have_value(command("stlm-50m", changes))
-    take_pictures(page)
+    take_pictures(page, "explorer")
 
     press(page, "Heads", "ArrowRight")  # no groups of 4 divide 17 heads: the key/value heads must change too, or the model is impossible
     sizes = {"model.d_model": 544, "model.n_heads": 17, "model.n_kv_heads": 17, "model.d_ff": 1632}
-    expect(cell).to_have_value(parameters_cell("stlm-50m", {"model.n_layers": 9} | sizes | {"model.ffn_sharing": "all"}))
+    expect(cell).to_have_value(parameters_cell("stlm-50m", {"model.n_layers": 9} | sizes | {"model.sharing.ffn": "all"}))
     for name in ("demo-bytes", "stlm-100m"):  # whatever the browser reports on its own would show up as a change
         control(page, "Preset").locator("select").select_option(name)
         expect(cell).to_have_value(parameters_cell(name, {}))
         expect(page.locator(".stlm-explorer .delta")).to_have_count(0)
+    walk_to_patches(page, cell)
     assert page.locator(".stlm-explorer .bad, .jp-OutputArea-output[data-mime-type*=stderr]").count() == 0
 
 
-def take_pictures(page) -> None:
+def walk_to_patches(page, cell) -> None:
+    "From flat bytes to patches of bytes, with menus and keys; the numbers are those of `account`."
+    from playwright.sync_api import expect
+
+    def expect_figures(changes: dict[str, object], bytes_a_patch: float, marks: int = 0) -> None:
+        length = bytes_a_patch + marks
+        figures = account(preset("demo-bytes", changes).model, bytes_a_patch / length, symbols_per_patch=length)
+        number = page.locator(".stlm-explorer .card[data-figure=forward_flops_per_byte] .number")
+        expect(number).to_have_text(f"{short(figures.forward_flops_per_byte)}FLOP per byte")
+        stored = page.locator(".stlm-explorer .card[data-figure=unique_parameters] .detail")
+        expect(stored).to_have_text(f"{figures.unique_parameters:,} weights to keep")
+
+    def choose(name: str, label: str) -> None:
+        control(page, name).locator("select").select_option(label=label)
+
+    choose("Preset", "demo-bytes")
+    expect(control(page, "A patch ends")).to_be_hidden()
+    choose("Family", "bytes, pooled")
+    changes: dict[str, object] = {"model.patches.patcher": "space"}
+    expect_figures(changes, TYPICAL_WORD)
+    expect(cell).to_have_value(parameters_cell("demo-bytes", changes))
+    expect(page.locator(".stlm-explorer .key")).to_contain_text("bytes and patches")
+
+    expect(control(page, "Encoder layers")).to_be_hidden()  # until the group is unfolded, here with the keyboard
+    page.get_by_role("button", name="Bytes and patches").press("Enter")
+    press(page, "Encoder layers", "ArrowRight")
+    expect_figures(changes | {"model.patches.encoder_layers": 2}, TYPICAL_WORD)
+    take_pictures(page, "explorer-patches")
+
+    press(page, "Encoder layers", "ArrowLeft")
+    choose("A patch ends", "before a surprise (entropy)")
+    expect_figures({"model.patches.patcher": "entropy"}, TYPICAL_ENTROPY[2.0])
+    choose("A patch ends", "at marked ends of GPT-2's symbols")
+    marked = {"model.patches.patcher": "marks", "data.tokenizer": "bytes+gpt2"}
+    expect_figures(marked, TYPICAL_GPT2, marks=1)
+    choose("Family", "bytes, flat")
+    expect(cell).to_have_value(parameters_cell("demo-bytes", {}))
+
+
+def take_pictures(page, name: str) -> None:
     "What a user sees, in both themes, as artefacts."
     (ROOT / "artifacts").mkdir(exist_ok=True)
-    page.locator(".stlm-explorer").evaluate("app => app.scrollIntoView({block: 'center'})")
-    for theme, name in (("JupyterLab Dark", "explorer-dark"), ("JupyterLab Light", "explorer")):
+    page.locator(".stlm-explorer").evaluate("app => app.scrollIntoView({block: 'start'})")
+    for theme, ending in (("JupyterLab Dark", "-dark"), ("JupyterLab Light", "")):
         execute(page, "apputils:change-theme", theme=theme)
         page.wait_for_function(f"document.body.dataset.jpThemeName === '{theme}'")
         page.wait_for_selector("#jupyterlab-splash", state="detached")
-        page.screenshot(path=ROOT / "artifacts" / f"{name}.png")
+        page.screenshot(path=ROOT / "artifacts" / f"{name}{ending}.png")

@@ -105,7 +105,8 @@ def test_random_symbols_cost_no_less_than_chance(positions, norm):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("switches", [{}, dict(qk_norm=True), dict(positions="alibi"), dict(norm="layernorm", ffn="gelu")], ids=str)
+@pytest.mark.parametrize("switches", [{}, dict(qk_norm=True), dict(positions="alibi"), dict(norm="layernorm", ffn="gelu"),
+                                      dict(n_layers=4, sharing=SHARED, embedding_rank=8)], ids=str)
 def test_bfloat16_stays_causal_and_close(switches):
     model, ids = small_model(**switches).eval(), random_ids(1, T)
     exact = model(ids)

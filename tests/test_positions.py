@@ -4,7 +4,7 @@ from typing import get_args
 import pytest
 import torch
 
-from stlm.config import ConfigError, ModelConfig, Positions
+from stlm.config import ConfigError, ModelConfig, PatchConfig, Positions
 from stlm.foundation import StlmError
 from stlm.model.lm import LanguageModel, extend_context
 from stlm.model.positions import make_positions
@@ -113,6 +113,14 @@ def test_a_longer_context_changes_nothing_within_the_old_one(method):
     torch.testing.assert_close(stepped, logits, rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(logits[:, :T], model(ids[:, :T]), rtol=1e-4, atol=1e-4)  # nor does what comes after
     assert longer.state_dict().keys() == model.state_dict().keys() and model.config.context == T
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("method", ["rope", "partial rope"])
+def test_a_model_of_patches_reads_further_too(method):
+    model, ids = small_model(method, patches=PatchConfig("stride", size=4, d_local=24, n_heads=2, d_ff=32, window=8)), random_ids(2, 5 * T)
+    longer = extend_context(model, 5 * T)
+    torch.testing.assert_close(longer(ids)[:, :T], model(ids[:, :T]), rtol=1e-4, atol=1e-4)
 
 
 def test_learned_positions_end_where_training_ended():

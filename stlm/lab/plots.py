@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['PALETTE', 'INK', 'SOFT', 'FAINT', 'X', 'PARTS', 'style', 'png', 'show', 'spread', 'learning_curves',
            'learning_curves_by_bytes_and_time', 'loss_curve', 'parts', 'short', 'parameter_bars', 'draw_plan',
-           'intervals']
+           'intervals', 'lines', 'scatter']
 
 # %% ../../nbs/70_lab.plots.ipynb #1b45b592
 import base64
@@ -232,14 +232,16 @@ def loss_curve(log: pd.DataFrame,                       # as `Run.log` reads it
     return figure
 
 # %% ../../nbs/70_lab.plots.ipynb #04a79081
-PARTS = {"embedding": "#0b5fa5", "untied head": "#4580b6", "attention": "#b8480f", "feed-forward": "#00785a", "norms": "#68727d"}
+PARTS = {"embedding": "#0b5fa5", "untied head": "#4580b6", "bytes and patches": "#7b3fe4", "attention": "#b8480f",
+         "feed-forward": "#00785a", "norms": "#68727d"}
 
 
 def parts(figures: Account # of `model.accounting.account`
           ) -> dict[str, int]:
-    "Stored parameters by where they sit; embedding includes learned positions."
+    "Stored parameters by where they sit, as `Account` divides them; bytes and patches are all that surrounds a pooled stack."
     return {"embedding": figures.embedding_parameters - figures.head_parameters, "untied head": figures.head_parameters,
-            "attention": figures.attention_parameters, "feed-forward": figures.ffn_parameters, "norms": figures.norm_parameters}
+            "bytes and patches": figures.local_parameters, "attention": figures.attention_parameters,
+            "feed-forward": figures.ffn_parameters, "norms": figures.norm_parameters}
 
 
 def short(number: float # a count
@@ -269,7 +271,7 @@ def _draw_parts(axis: Axes,
             left += number
         axis.text(left + 0.012 * longest, place, short(left), color=INK, weight="bold", **write)
         axis.text(-0.012 * longest, place, name, ha="right", color=INK, **write)
-    axis.set(xlim=(0, longest), ylim=(len(rows) - 0.5, -0.5))
+    axis.set(xlim=(0, longest), ylim=(max(len(rows), 1) - 0.5, -0.5))
     axis.set_axis_off()
 
 
@@ -307,28 +309,28 @@ def draw_plan(config: ModelConfig,                       # `n_layers` and `shari
               ) -> Figure:
     "Which attention and which feed-forward network every executed layer uses."
     layers = plan(config)
-    counts = [len(users(layers, "attention")), len(users(layers, "ffn"))]
+    attentions, ffns = (max(3, len(users(layers, part))) for part in ("attention", "ffn"))  # columns, with room for the name above them
     with style():
-        figure = Figure(figsize=figsize or (1.6 + 0.22 * sum(counts), 0.9 + 0.22 * len(layers)))
-        axes = figure.subplots(1, 2, width_ratios=[max(count, 4) for count in counts], sharey=True)
-        _draw_networks(axes[0], layers, "attention", PARTS["attention"])
-        _draw_networks(axes[1], layers, "ffn", PARTS["feed-forward"])
-        names = [f"layer {layer.block + 1}" + (f" (pass {layer.iteration + 1})" if layer.iteration else "") for layer in layers]
-        axes[0].set_yticks(range(len(layers)), names, size=8.5)
+        figure = Figure(figsize=figsize or (2 + 0.22 * (attentions + 1 + ffns), 0.8 + 0.22 * len(layers)))
+        axis = figure.subplots()
+        axis.grid(False)
+        _draw_networks(axis, layers, "attention", 0, PARTS["attention"])
+        _draw_networks(axis, layers, "ffn", attentions + 1, PARTS["feed-forward"])
+        names = [f"block {layer.block}" + (f", pass {layer.iteration + 1}" if layer.iteration else "") for layer in layers]
+        axis.set_yticks(range(len(layers)), names, size=8.5)
+        axis.set(xlim=(-0.6, attentions + ffns + 0.6), ylim=(len(layers) - 0.4, -1.6), xticks=[], aspect="equal")
+        axis.spines["bottom"].set_visible(False)
         figure.suptitle(title, x=0.01, ha="left", size=11)
     return figure
 
 
-def _draw_networks(axis: Axes, layers: list[Layer], part: Literal["attention", "ffn"], colour: str) -> None:
+def _draw_networks(axis: Axes, layers: list[Layer], part: Literal["attention", "ffn"], left: int, colour: str) -> None:
     blocks = users(layers, part)
     for row, layer in enumerate(layers):
         network = getattr(layer, part)
-        axis.add_patch(mpl.patches.Rectangle((network - 0.42, row - 0.42), 0.84, 0.84, color=colour,
+        axis.add_patch(mpl.patches.Rectangle((left + network - 0.42, row - 0.42), 0.84, 0.84, color=colour,
                                              alpha=1 if len(blocks[network]) > 1 else 0.35, linewidth=0))
-    axis.grid(False)
-    axis.set(xlim=(-0.6, len(blocks) - 0.4), ylim=(len(layers) - 0.4, -0.6), xticks=[], aspect="equal")
-    axis.set_title({"attention": "attention", "ffn": "FFN"}[part], color=colour, size=9)
-    axis.spines["bottom"].set_visible(False)
+    axis.text(left - 0.45, -0.8, {"attention": "attention", "ffn": "FFN"}[part], color=colour, size=9)
 
 # %% ../../nbs/70_lab.plots.ipynb #71c61fdb
 def intervals(values: Mapping[str, tuple[float, float, float]], # name -> estimate, low end, high end
@@ -364,3 +366,44 @@ def _draw_interval(axis: Axes, place: int, row: tuple[float, float, float], limi
     axis.plot([value], [place], "o", color=colour, markersize=8)
     axis.annotate(f"{value:.3f}", (value, place), (0, 8), textcoords="offset points", ha="center", size=9.5, color=colour,
                   bbox=dict(facecolor="white", edgecolor="none", pad=0.5))
+
+# %% ../../nbs/70_lab.plots.ipynb #743a0cde
+def lines(curves: Mapping[str, pd.Series],            # name -> heights, with their places as the index
+          x: str, y: str,                             # what the axes show
+          log_x: bool = False,                        # doublings have equal distances
+          figsize: tuple[float, float] = (6.4, 3.4)   # inches
+          ) -> Figure:
+    "One line for each series, its name at its end."
+    with style():
+        figure = Figure(figsize=figsize)
+        axis = figure.subplots()
+        ends = {}
+        for number, (name, curve) in enumerate(curves.items()):
+            colour = PALETTE[number % len(PALETTE)]
+            axis.plot(curve.index, curve.to_numpy(), "o-", color=colour, markersize=4)
+            ends[name] = (float(curve.index[-1]), float(curve.iloc[-1]), colour)
+        if log_x:
+            places = sorted({place for curve in curves.values() for place in curve.index})
+            axis.set_xscale("log", base=2)
+            axis.set_xticks(places, [f"{place:,}" for place in places])
+        axis.set_xlabel(x)
+        axis.set_title(y, color=SOFT)
+        _label_ends(axis, ends)
+    return figure
+
+
+def scatter(points: Mapping[str, tuple[float, float]],  # name -> place and height
+            x: str, y: str,                             # what the axes show
+            figsize: tuple[float, float] = (6.4, 3.6)   # inches
+            ) -> Figure:
+    "One point for each name, which stands to the right."
+    with style():
+        figure = Figure(figsize=figsize)
+        axis = figure.subplots()
+        colours = {name: PALETTE[number % len(PALETTE)] for number, name in enumerate(points)}
+        axis.set_xlabel(x)
+        axis.set_title(y, color=SOFT)
+        for name, (place, height) in points.items():
+            axis.plot([place], [height], "o", color=colours[name], markersize=7)
+        _label_ends(axis, {name: (*point, colours[name]) for name, point in points.items()})
+    return figure

@@ -31,8 +31,8 @@ class Block(nn.Module):
         self.dropout = nn.Dropout(config.dropout)
 
     def forward(self, x: Tensor,           # (B, T, d_model)
-                attention: nn.Module,      # the networks that the plan names for this layer
-                ffn: nn.Module,
+                attention: nn.Module,      # the network that the plan names for this layer
+                ffn: nn.Module,            # the same
                 attention_options: dict    # what `Attention.forward` takes beside x
                 ) -> Tensor:               # (B, T, d_model)
         "Add attention, then the feed-forward network."
@@ -97,6 +97,8 @@ def init_weights(module: nn.Module,  # a model or a part of one
     "Draw every matrix from torch's random generator and set every gain to one."
     smaller = 1 / math.sqrt(2 * len(plan(config)))
     for name, parameter in module.named_parameters():
+        if name.endswith("threshold"):  # set by the configuration or from data
+            continue
         if parameter.ndim < 2:
             nn.init.ones_(parameter)
         elif name.endswith((".b.weight", "iterations")):

@@ -141,6 +141,6 @@ def extend_context(model: LanguageModel, # stays as it is
         raise StlmError(f"model.positions=learned has vectors for {model.config.context} positions and no others; "
                         f"for a context of {context} train with rope, sinusoidal, alibi or none")
     with torch.random.fork_rng(devices=[]):  # the weights drawn here are replaced at once; the caller's random numbers stay as they are
-        extended = type(model)(replace(model.config, context=context))
+        extended = LanguageModel(replace(model.config, context=context))
     extended.load_state_dict(model.state_dict())
     return extended.to(model.head_weight.device).train(model.training)

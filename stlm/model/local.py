@@ -23,7 +23,7 @@ def local_config(config: ModelConfig # `patches` decides
     "The sizes of encoder and decoder, as the parts they share with the stack expect them."
     local = config.patches
     return dataclasses.replace(config, d_model=local.d_local, n_heads=local.n_heads, n_kv_heads=local.n_heads, d_ff=local.d_ff,
-                               positions="none", sharing=SharingConfig(), patches=PatchConfig())
+                               positions="none", rope_fraction=1.0, sharing=SharingConfig(), patches=PatchConfig())
 
 
 def window_bias(slopes: Tensor,  # (n_heads,)
@@ -171,4 +171,4 @@ class GridBlock(nn.Module):
         mask = None if filled is None else filled[:, None, None]
         x = x + self.out(F.scaled_dot_product_attention(q, k, v, mask).transpose(1, 2).flatten(2))
         bent = self.down(F.gelu(self.up(self.ffn_norm(x))))
-        return x + bent if self.keeps_width else bent
+        return x + bent if self.keeps_width else bent.to(x.dtype)  # sums stay in float32 under autocast

@@ -135,7 +135,8 @@ class EntropyPatcher(Patcher):
     "Ends a patch where a frozen byte-level model is unsure of the next byte (Pagnoni et al., 2024)."
     def __init__(self, config: ModelConfig): # `vocab_size`, `context`, `patches.threshold` and `patches.max_size` decide
         super().__init__(config)
-        self.threshold, own = config.patches.threshold, segmenter_config(config)
+        own = segmenter_config(config)
+        self.threshold = nn.Parameter(torch.tensor([config.patches.threshold]))  # (1,) bits; saved with the weights, and not trained
         self.embedding = nn.Embedding(own.vocab_size, own.d_model)
         self.core = Core(own)
         self.requires_grad_(False)
@@ -148,6 +149,12 @@ class EntropyPatcher(Patcher):
         with torch.autocast(ids.device.type, enabled=False):
             logits = F.linear(self.core(self.embedding(ids), cache), self.embedding.weight)  # (B, T, V)
             return torch.distributions.Categorical(logits=logits).entropy() / math.log(2)
+
+    def calibrate(self, ids: Tensor, # (B, T) symbols of the training text
+                  size: int          # wished for: symbols in a patch
+                  ) -> None:
+        "Set the threshold that one symbol in `size` exceeds."
+        self.threshold.fill_(self.entropy(ids).flatten().quantile(1 - 1 / size))
 
     def wishes(self, ids: Tensor, previous: Tensor, cache: KVCache | None = None) -> Tensor: # as in `Patcher`
         "Places where the segmenter is unsure, and ends of text."

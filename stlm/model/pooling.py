@@ -359,7 +359,7 @@ class PooledStack(nn.Module):
         if self.grid is not None:
             states = self.grid(states, ends, n)
         pooled = self.pooling(states, ends, n)
-        return pooled if self.up is None else self.up(pooled)
+        return (pooled if self.up is None else self.up(pooled)).to(self.null.dtype)  # the stack's sums stay in float32 under autocast
 
     def _answers(self, states: Tensor, cuts: Cuts) -> Tensor: # (B, S + 1, width)
         null, n = self.null.expand(states.shape[0], -1, -1), int(cuts.ends.sum(1).max())

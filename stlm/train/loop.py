@@ -116,14 +116,21 @@ def segmenter_run(config: RunConfig # of a model with an entropy patcher
 
 def load_segmenter(model: LanguageModel, # with an entropy patcher
                    config: RunConfig,    # of the model
+                   dataset: Dataset,     # of the run; decides the threshold where the configuration leaves it open
                    show_progress: bool = True
                    ) -> None:
     "Fill in the frozen segmenter, training it first where the cache has none."
-    own = segmenter_run(config)
-    trained, _ = from_pretrained(train(own, cache_folder() / "segmenters" / own.id, show_progress).model_folder, "cpu")
-    patcher = model.body.patcher
+    own, patcher = segmenter_run(config), model.body.patcher
     assert isinstance(patcher, EntropyPatcher)
-    patcher.load_state_dict(trained.body.state_dict())
+    trained, _ = from_pretrained(train(own, cache_folder() / "segmenters" / own.id, show_progress).model_folder, "cpu")
+    patcher.load_state_dict(trained.body.state_dict(), strict=False)  # all but the threshold
+    if not config.model.patches.threshold:
+        patcher.calibrate(_first_windows(dataset, config.model.context), config.model.patches.size)
+
+
+def _first_windows(dataset: Dataset, context: int) -> torch.Tensor: # (16, T) symbols from the start of the training text
+    token_bytes = dataset.tokenizer.token_bytes
+    return next(windows_in_order(dataset.split("train"), context, 16, 16 * context, token_bytes)).inputs
 
 # %% ../../nbs/44_train.loop.ipynb #cc176cdc
 @dataclass
@@ -161,7 +168,7 @@ class Trainer:
         torch.manual_seed(config.train.seed)
         self.model = LanguageModel(config.model)
         if config.model.patches.patcher == "entropy":
-            load_segmenter(self.model, config, show_progress)
+            load_segmenter(self.model, config, dataset, show_progress)
         self.model.to(self.device)
         self.optimizer = make_optimizer(self.model, config.train)
         self.objective = self._compiled()
@@ -186,8 +193,7 @@ class Trainer:
     @torch.no_grad()
     def measure_patches(self) -> None:
         "See how long patches are at the start of the training text, and what a symbol costs therefore."
-        context, train = self.config.model.context, self.dataset.split("train")
-        inputs = next(windows_in_order(train, context, 16, 16 * context, self.token_bytes.numpy())).inputs
+        inputs = _first_windows(self.dataset, self.config.model.context)
         cuts = self.model.cuts(inputs.to(self.device))
         self.symbols_per_patch = None if cuts is None else inputs.numel() / max(1, int(cuts.ends.sum()))
         self.flops_per_token = {on: self.account(on).training_flops_per_token for on in (False, True)}  # loops off and on
