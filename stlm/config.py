@@ -106,6 +106,8 @@ class PatchConfig:
         slots = dict(encoder="patch", decoder="parallel", unpooling="linear")
         gridded = [f"{name}={value}" for name, value in slots.items() if getattr(self, name) == value]
         _require(not gridded or self.max_size >= 1, "model.patches.max_size", self.max_size, f"1 or more with {', '.join(gridded)}")
+        _require(self.patcher != "stride" or not 0 < self.max_size < self.size, "model.patches.max_size", self.max_size,
+                 f"0 or at least model.patches.size={self.size} with patcher=stride")
         _require(self.decoder != "parallel" or self.unpooling != "attention", "model.patches.unpooling", self.unpooling,
                  "repeat or linear with decoder=parallel, which sees no bytes to ask with")
         _require(self.encoder == "window" or self.encoder_layers >= 1, "model.patches.encoder_layers", self.encoder_layers,

@@ -11,7 +11,9 @@ import torch
 from helpers import command, own_project, real_text, settings, small_run, stlm
 from stlm.config import preset
 from stlm.data.shards import prepare
+from stlm.evaluate.bits import bits_per_byte
 from stlm.foundation import file_sha256
+from stlm.infer.generate import generate
 from stlm.model.accounting import account
 from stlm.pretrained import from_pretrained
 from stlm.train.checkpoints import checkpoints, load_checkpoint
@@ -153,6 +155,41 @@ def test_accumulation_changes_memory_and_not_the_result(project, overrides, tmp_
         config = preset("demo-bpe", overrides | exact | {"train.accumulation": parts, "train.steps": 10})
         losses.append(train(config, tmp_path / str(parts), show_progress=False).metrics["valid_loss"])
     assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+
+
+POOLED = {"model.patches.d_local": 32, "model.patches.n_heads": 2, "model.patches.d_ff": 48, "model.patches.window": 16,
+          "model.patches.ngram": 3, "model.patches.ngram_buckets": 64, "train.local_lr": 2.0,
+          "train.steps": 30, "train.checkpoint_every": 5, "train.eval_every": 10}
+PATCHERS = {"space": {}, "stride": {"model.patches.pooling": "mean"}, "gate": {}, "entropy": {"model.patches.size": 4},
+            "marks": {"data.tokenizer": "bytes+bpe:300", "model.patches.decoder": "parallel", "model.patches.encoder": "patch",
+                      "model.patches.max_size": 8, "model.patches.unpooling": "linear", "model.patches.ngram": 0}}
+
+
+@pytest.mark.parametrize("patcher", PATCHERS)
+def test_pooled_models_are_trained_like_all_others(project, overrides, tmp_path, monkeypatch, patcher):
+    """Trained, stopped and resumed to the same bits, saved, loaded, scored exactly, and made to write."""
+    monkeypatch.setattr("stlm.train.loop.SEGMENTER_BYTES", 4000)
+    config = preset("demo-bpe", overrides | POOLED | PATCHERS[patcher] | {"model.patches.patcher": patcher})
+    (tmp_path / "stopped").mkdir()
+    whole = train(config, tmp_path / "whole", show_progress=False)
+    first = Trainer(config, Run(tmp_path / "stopped"), prepare(config.data, show_progress=False), show_progress=False)
+    for _ in range(17):
+        first.step()
+    first.save()
+    again = train(config, tmp_path / "stopped", show_progress=False)
+    assert file_sha256(again.model_folder / "model.safetensors") == file_sha256(whole.model_folder / "model.safetensors")
+    assert whole.metrics["valid_bpb"] < 6 and whole.metrics["account"]["symbols_per_patch"] > 1
+
+    model, tokenizer = from_pretrained(whole.model_folder, "cpu")
+    texts = ["Licensed under the Apache License.", "naïve 🙂 text"]
+    bits = bits_per_byte(model, tokenizer, texts)
+    assert bits.n_bytes == sum(len(text.encode()) for text in texts) and bits.bits_per_byte > 0
+    written = generate(model, tokenizer, "The licence", max_tokens=30, seed=1)
+    assert written and written == generate(model, tokenizer, "The licence", max_tokens=30, seed=1)
+    if patcher == "entropy":
+        trained = {name: p.clone() for name, p in first.model.body.patcher.named_parameters()}
+        assert all(torch.equal(p, trained[name]) for name, p in model.body.patcher.named_parameters()), "a segmenter is frozen, and saved"
+        assert 2 < whole.metrics["account"]["symbols_per_patch"] < 8, "the threshold was set for patches of 4"
 
 
 SHARED = {"model.n_layers": 4, "model.sharing.ffn": "all", "model.sharing.attention": "cycle", "model.sharing.free_ends": 1,

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..config import ModelConfig
-from .attention import KVCache
+from .attention import KVCache, require_room
 from .core import Core
 from .layers import make_norm
 from .local import GridBlock, LocalStack, local_config
@@ -287,7 +287,7 @@ class PatchCache:
     def require_room(self, ids: Tensor # (B, T) about to be read
                      ) -> None:
         "Raise `StlmError` where the symbols do not fit."
-        self.encoder.require_room(ids)
+        require_room(ids, self.ids.shape[0], self.ids.shape[1], self.length)
 
     def store(self, ids: Tensor, cuts: Cuts, states: Tensor) -> None: # of a piece
         "Keep what later pieces ask for."
