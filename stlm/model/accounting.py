@@ -429,12 +429,12 @@ def solve(budget: float | str,                       # 10e6, "10M", "1.5M"
 
 def _fits(wanted: float, cost: Callable[[ModelConfig], float], base: ModelConfig, n_layers: int | None) -> Iterator[ModelConfig]:
     nearest = _nearest_width(wanted, cost, base, n_layers)
-    for n_heads in range(max(1, nearest - 8), nearest + 9):  # further away, d_ff would have to change by far more
+    for n_heads in range(max(1, nearest - 4), nearest + 5):  # further away, d_ff would have to change by far more
         config = _scaled(base, n_heads, n_layers)
-        least, more = cost(dataclasses.replace(config, d_ff=8)), cost(dataclasses.replace(config, d_ff=16))
+        now, more = cost(config), cost(dataclasses.replace(config, d_ff=config.d_ff + 8))
         for step in (8, 1):  # multiples of 8 suit the hardware; the smallest models need finer ones
-            d_ff = _in_steps(8 + 8 * (wanted - least) / (more - least), step)
-            if abs(least + (d_ff / 8 - 1) * (more - least) - wanted) <= _WITHIN * wanted:
+            d_ff = _in_steps(config.d_ff + 8 * (wanted - now) / (more - now), step)
+            if abs(now + (d_ff - config.d_ff) / 8 * (more - now) - wanted) <= _WITHIN * wanted:
                 yield dataclasses.replace(config, d_ff=d_ff)
                 break
 
