@@ -168,7 +168,8 @@ class GridBlock(nn.Module):
                 ) -> Tensor:                        # (N, P, d_out)
         "Slots see each other; empty ones are not seen."
         q, k, v = self.qkv(self.attention_norm(x)).unflatten(-1, (3 * self.n_heads, -1)).transpose(1, 2).chunk(3, dim=1)
-        scores = q @ k.transpose(2, 3) / q.shape[3] ** 0.5  # (N, n_heads, P, P), written out: a fused kernel takes ten times as long for P = 12
+        # written out, (N, n_heads, P, P): for a dozen slots a fused kernel takes ten times as long
+        scores = q @ k.transpose(2, 3) / q.shape[3] ** 0.5
         if filled is not None:
             scores = scores.masked_fill(~filled[:, None, None], -torch.inf)
         x = x + self.out((scores.softmax(-1).to(v.dtype) @ v).transpose(1, 2).flatten(2))
