@@ -111,11 +111,22 @@ def generate(folder: ModelArgument,
 def info(names: Annotated[Optional[list[str]], typer.Argument(help="Presets to compare; all if not given.")] = None,  # noqa: UP045
          settings: SetOption = None,
          bytes_per_token: Annotated[float, typer.Option(help="Raw bytes a symbol of a subword vocabulary stands for; 0 = typical.")] = 0.0,
-         bytes_per_patch: Annotated[float, typer.Option(help="Raw bytes in a patch of a pooled model; 0 = typical.")] = 0.0) -> None:
-    "Parameters, FLOPs and memory of presets, with overrides. What is typical was measured on English prose."
-    from stlm.model.accounting import table
+         bytes_per_patch: Annotated[float, typer.Option(help="Raw bytes in a patch of a pooled model; 0 = typical.")] = 0.0,
+         windows: Annotated[int, typer.Option(min=1, help="Windows in one part of a step, for the memory of training.")] = 8,
+         megabytes: Annotated[float, typer.Option(min=0, help="Text to train on, for the hours on this machine; 0 = leave them out.")] = 0,
+         mfu: Annotated[float, typer.Option(min=0.001, max=1, help="Share of the machine's measured peak that training reaches.")] = 0.4,
+         device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:N or mps.")] = "auto") -> None:
+    "Parameters, FLOPs, memory and hours of presets, with overrides. What is typical was measured on English prose."
+    from stlm.hardware import peak_flops, pick_device, pick_precision
+    from stlm.model.accounting import table, training_memory
+    place = pick_device(device)
+    dtype = pick_precision("auto", place)
     configs = {name: _config(name, settings) for name in names or PRESETS}
-    print(table({name: _account(config, bytes_per_token, bytes_per_patch) for name, config in configs.items()}).T.to_string())
+    accounts = {name: _account(config, bytes_per_token, bytes_per_patch) for name, config in configs.items()}
+    memories = {name: training_memory(config.model, windows, dtype=dtype, symbols_per_patch=accounts[name].symbols_per_patch)
+                for name, config in configs.items()}
+    hours: dict[str, Any] = dict(n_bytes=megabytes * 1e6, peak_flops=peak_flops(place, dtype), mfu=mfu) if megabytes else {}
+    print(table(accounts, memories, **hours).T.to_string())
 
 
 def _account(config: RunConfig, bytes_per_token: float, bytes_per_patch: float) -> Any:

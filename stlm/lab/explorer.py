@@ -387,7 +387,7 @@ def _shared_networks(config: ModelConfig) -> list[str]: # "one feed-forward netw
 def _on_sharing(config: RunConfig, now: Mapping[str, Any]) -> list[str]:
     model, layers = config.model, config.model.n_layers
     if (names := _shared_networks(model)):
-        alone = dataclasses.replace(model.sharing, ffn="none", attention="none")
+        alone = dataclasses.replace(model.sharing, ffn="none", attention="none", lora_rank=0)
         spared = typical_account(_with(config, sharing=alone)).unique_parameters - now["unique_parameters"]
         said = " and ".join(names)
         verb, cost = ("serves" if said.startswith("one") and len(names) == 1 else "serve"), "exactly as much to compute"

@@ -255,7 +255,8 @@ class Trainer:
         nats, tokens, size = 0.0, 0, 0
         self.set_loops()
         self.model.eval()
-        for batch in windows_in_order(self.dataset.split("validation"), self.config.model.context, self.config.train.batch_size,
+        at_once = self.config.train.batch_size // self.config.train.accumulation  # as many windows as a training step holds in memory
+        for batch in windows_in_order(self.dataset.split("validation"), self.config.model.context, at_once,
                                       self.config.train.eval_bytes, self.dataset.tokenizer.token_bytes):
             with torch.inference_mode(), torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32):
                 nats += self.model.nll(batch.inputs.to(self.device), batch.targets.to(self.device)).sum(dtype=torch.float64).item()
