@@ -33,7 +33,8 @@ def quality_table(table: pd.DataFrame # one row a run
 
 
 def cost_table(table: pd.DataFrame,               # one row a run
-               speed: pd.DataFrame | None = None  # from `measure_speed`, by arm
+               speed: pd.DataFrame | None = None, # from `measure_speed`, by arm
+               alone: bool = True                 # each run had the machine to itself, so that its times mean something
                ) -> pd.DataFrame:                 # one column an arm
     "Parameters, arithmetic, memory and time of the arms."
     means = means_of(table)
@@ -45,10 +46,11 @@ def cost_table(table: pd.DataFrame,               # one row a run
         "forward FLOPs per byte": means["forward_flops_per_byte"].map("{:,.0f}".format),
         "training FLOPs per byte": means["training_flops_per_byte"].map("{:,.0f}".format),
         "KV cache, bytes per byte": means["kv_bytes_per_byte"].map("{:,.0f}".format),
-        "seconds of training": means["train_seconds"].map("{:,.0f}".format),
-        "MFU": means["mfu"].map("{:.0%}".format),
         "peak memory, MB": (means["peak_memory_bytes"] / 1e6).map("{:,.0f}".format),
     }
+    if alone:
+        rows["seconds of training"] = means["train_seconds"].map("{:,.0f}".format)
+        rows["MFU"] = means["mfu"].map("{:.0%}".format)
     if speed is not None:
         ratio = speed["bytes_per_second"] / speed["bytes_per_second"].iloc[0]
         rows["training bytes per second"] = pd.Series(
