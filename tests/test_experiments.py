@@ -12,6 +12,10 @@ from stlm.lab.studies import Study, find_notebook, run_notebook
 from stlm.train.records import Run
 
 
+def given(parameters: dict[str, object]) -> list[str]:
+    return [part for name, value in parameters.items() for part in ("-P", f"{name}={value}")]
+
+
 @pytest.fixture(scope="module")
 def project(tmp_path_factory):
     return own_project(tmp_path_factory.mktemp("experiments") / "project")
@@ -69,16 +73,42 @@ def test_report_in_one_command(project, overrides):
     common = {name: value for name, value in overrides.items() if name not in own}
     parameters = {"corpus": overrides["data.corpus"], "budget": 4000, "score_bytes": 2000, "seeds": "[0,1]",
                   "overrides": json.dumps(common | {"data.valid_fraction": 0.25})}
-    code, output, errors = stlm("report", "quickstart", *[part for name, value in parameters.items() for part in ("-P", f"{name}={value}")],
-                                cwd=project)
+    code, output, errors = stlm("report", "quickstart", *given(parameters), cwd=project)
     assert code == 0, errors[-2000:]
     page = (project / "reports" / "quickstart" / "index.html").read_text()
     results = pd.read_csv(project / "reports" / "quickstart" / "results.csv")
-    assert set(results["status"]) == {"finished"} and len(results) == 6 and results["bits_per_byte"].between(1, 12).all()
+    assert set(results["status"]) == {"finished"} and len(results) == 8 and results["bits_per_byte"].between(1, 12).all()
     assert "flat bytes" in page and "http://" not in page.replace("http://www.w3.org", "") and "bits per byte" in page
     assert "quickstart" in (project / "reports" / "index.html").read_text() and "reports/quickstart/index.html" in output
     assert (project / "reports" / "quickstart" / "figures" / "learning-curves.png").stat().st_size > 5000
     assert "seed 0" in errors, "progress is shown while the study runs"
+
+
+@pytest.mark.parametrize("name, arms", [("positions", ["RoPE", "learned"]), ("ffn_tying", ["own networks", "loop"]),
+                                        ("byte_pooling", ["BPE 4k", "BPE boundaries"])])
+def test_the_other_studies(project, overrides, name, arms):
+    own = ("data.corpus", "train.steps", "data.tokenizer", "model.context", "model.n_layers")  # the study's, or its parameters'
+    common = {field: value for field, value in overrides.items() if field not in own} | {"data.valid_fraction": 0.25}
+    code, _, errors = stlm("report", name, *given({"corpus": overrides["data.corpus"], "budget": 4000, "score_bytes": 6000, "seeds": "[0]",
+                                                   "only": json.dumps(arms), "jobs": 2, "equal": "flops", "overrides": json.dumps(common)}),
+                           cwd=project)
+    assert code == 0, errors[-2000:]
+    results = pd.read_csv(project / "reports" / name / "results.csv")
+    assert list(results["arm"]) == arms and set(results["status"]) == {"finished"} and results["bits_per_byte"].between(1, 12).all()
+    spent = results["bytes_seen"] * results["training_flops_per_byte"]
+    assert spent.max() < 1.3 * spent.min(), "FLOPs were held equal, up to whole steps"
+    assert arms[1] in (project / "reports" / name / "index.html").read_text()
+
+
+def test_throughput(project, overrides):
+    fractions = {field: value for field, value in overrides.items() if field in ("data.valid_fraction", "data.test_fraction")}
+    code, _, errors = stlm("report", "throughput", *given({"corpus": overrides["data.corpus"], "rounds": 2, "batch_size": 2, "context": 64,
+                                                           "write_bytes": 40, "overrides": json.dumps(fractions)}), cwd=project)
+    assert code == 0, errors[-2000:]
+    results = pd.read_csv(project / "reports" / "throughput" / "results.csv").set_index("arm")
+    assert (results[["training_bytes_per_second", "writing_bytes_per_second"]] > 0).all(axis=None)
+    sizes = results.loc[["flat bytes", "pooled bytes"], "unique_parameters"]
+    assert sizes.max() < 1.03 * sizes.min()
 
 
 def test_the_commands(project, overrides):
