@@ -64,7 +64,8 @@ def typical_symbols_per_patch(config: RunConfig
     if patches.patcher == "marks":
         length = typical_bytes_per_token(config.data.tokenizer.removeprefix("bytes+")) + 1  # and the mark
     else:
-        length = TYPICAL_WORD if patches.patcher == "space" else _between(TYPICAL_ENTROPY, patches.threshold)
+        surprise = _between(TYPICAL_ENTROPY, patches.threshold) if patches.threshold else patches.size
+        length = TYPICAL_WORD if patches.patcher == "space" else surprise
     return length * _between(_CAPPED, patches.max_size / length) if patches.max_size else length
 
 
@@ -95,7 +96,7 @@ _FIELDS = {"tied_head": "model.tied_head", "layers": "model.n_layers", "position
            "ffn": "model.ffn", "ffn_sharing": "model.sharing.ffn", "attention_sharing": "model.sharing.attention",
            "times": "model.sharing.times", "free_ends": "model.sharing.free_ends", "lora_rank": "model.sharing.lora_rank",
            "loop_layers": "model.sharing.loop_layers", "loops": "model.sharing.loops",
-           "size": "model.patches.size", "threshold": "model.patches.threshold", "d_local": "model.patches.d_local",
+           "size": "model.patches.size", "d_local": "model.patches.d_local",
            "encoder": "model.patches.encoder", "encoder_layers": "model.patches.encoder_layers", "pooling": "model.patches.pooling",
            "unpooling": "model.patches.unpooling", "decoder": "model.patches.decoder", "decoder_layers": "model.patches.decoder_layers",
            "window": "model.patches.window", "max_size": "model.patches.max_size", "ngram": "model.patches.ngram",
@@ -130,7 +131,7 @@ def hidden(values: Mapping[str, Any] # name of the control -> its value
     patterns = {values["ffn_sharing"], values["attention_sharing"]}
     matters = dict.fromkeys(("patcher", *_LOCAL), pooled) | {
         "vocabulary": values["family"] == "bpe" or (pooled and rule == "bytes+bpe"),
-        "size": pooled and rule in ("stride", "gate"), "threshold": pooled and rule == "entropy",
+        "size": pooled and rule in ("stride", "gate", "entropy"),
         "encoder": pooled and rule != "gate", "max_size": pooled and rule != "stride" and _has_slots(values),
         "window": pooled and (_encoder(values) == "window" or values["decoder"] != "parallel"),
         "ngram_buckets": pooled and values["ngram"] > 0,
@@ -524,8 +525,6 @@ def _patch_controls() -> dict[str, widgets.Widget]:
         "patcher": _control(_Menu, "A patch ends", "model.patches.patcher and data.tokenizer", options=_RULES),
         "size": _control(_Slide, "Bytes a patch", "model.patches.size: exactly, or as a gate is asked for",
                          options=_with_presets((2, 3, 4, 5, 6, 7, 8, 10, 12, 16), "size")),
-        "threshold": _control(_Slide, "Surprise", "model.patches.threshold, in bits of entropy: the higher, the longer are patches",
-                              options=_with_presets(TYPICAL_ENTROPY, "threshold")),
         "d_local": _control(_Slide, "Width", "model.patches.d_local; d_ff keeps its ratio to it",
                             options=_with_presets((32, 64, 96, 128, 192, 256, 320, 384, 512), "d_local")),
         "encoder": _control(_Menu, "Encoder sees", _FIELDS["encoder"], options=_ENCODER),
@@ -560,7 +559,7 @@ def _make_controls(peak: float # operations a second of the hardware at best
     }
 
 
-_GROUPS = {"Vocabulary": ("family", "patcher", "size", "threshold", "vocabulary", "tied_head"),
+_GROUPS = {"Vocabulary": ("family", "patcher", "size", "vocabulary", "tied_head"),
            "Bytes and patches": _LOCAL,
            "Transformer": ("layers", "heads", "head_width", "kv_group", "positions", "context"),
            "Feed-forward": ("ffn", "ffn_ratio"),
