@@ -79,10 +79,15 @@ def control(page, name: str):
 
 
 def press(page, name: str, key: str) -> None:
-    "Move a slider with the keyboard."
+    "Move a slider with the keyboard, once it is there to be moved: a hidden one takes no focus, and the key would go elsewhere."
+    from playwright.sync_api import expect
     handle = control(page, name).locator(".noUi-handle")
+    expect(handle).to_be_visible()
+    before = handle.get_attribute("aria-valuenow")
     handle.focus()
+    expect(handle).to_be_focused()
     handle.press(key)
+    expect(handle).not_to_have_attribute("aria-valuenow", str(before))
 
 
 def test_the_explorer_answers_in_a_real_jupyterlab(browser, lab: str) -> None:
