@@ -595,7 +595,7 @@ def interleave(streams: list[Iterator[str]], # of documents
 
 def _read_mixture(parts: list[tuple[Corpus, float]]) -> Iterator[str]:
     seen = SeenHashes()
-    streams = [(text for _, text in different(part.documents(), seen)) for part, _ in parts]
+    streams: list[Iterator[str]] = [(text for _, text in different(part.documents(), seen)) for part, _ in parts]
     return interleave(streams, [share for _, share in parts])
 
 
