@@ -70,6 +70,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '', 'doc_host': '', 'git_url
                                    'stlm.data.corpora.Corpus.documents': ('data.corpora.html#corpus.documents', 'stlm/data/corpora.py'),
                                    'stlm.data.corpora.HubSet': ('data.corpora.html#hubset', 'stlm/data/corpora.py'),
                                    'stlm.data.corpora.SeenHashes': ('data.corpora.html#seenhashes', 'stlm/data/corpora.py'),
+                                   'stlm.data.corpora.SeenHashes.__del__': ('data.corpora.html#seenhashes.__del__', 'stlm/data/corpora.py'),
                                    'stlm.data.corpora.SeenHashes.__init__': ( 'data.corpora.html#seenhashes.__init__',
                                                                               'stlm/data/corpora.py'),
                                    'stlm.data.corpora.SeenHashes._grow': ('data.corpora.html#seenhashes._grow', 'stlm/data/corpora.py'),

@@ -653,6 +653,9 @@ class SeenHashes:
         self._bits, self._count = 10, 0  # 2^bits slots of 8 bytes; 0 marks a free one
         self._file = _empty_table(self._bits)
 
+    def __del__(self) -> None:
+        self._file.close()
+
     def add(self, number: int) -> bool:
         "Remember a number; True if it is new."
         if 3 * self._count >= 2 << self._bits:
