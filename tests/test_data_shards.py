@@ -214,6 +214,23 @@ def test_a_kill_late_in_the_work_loses_little(cache, corpus):
 
 # As large as it may be
 
+
+@pytest.mark.parametrize("size, allowed", [(1, 3), (4, 1)])
+def test_little_text_is_under_way(tmp_path, size, allowed):
+    "Reading does not run ahead of the workers, and long documents fill no more of the memory than short ones."
+    taken = 0
+
+    def batches():
+        nonlocal taken
+        for _ in range(60):
+            taken += 1
+            yield "train", ["x" * size * shards.CHUNK_BYTES]
+
+    ByteTokenizer().save(tmp_path)
+    for done, _ in enumerate(shards.encode_all(batches(), ByteTokenizer(), tmp_path, workers=1)):
+        assert taken <= max(shards.FEW_CHUNKS, done + 1 + allowed)
+    assert taken == done + 1 == 60
+
 MANY_DOCUMENTS = """import sys, tempfile
 from pathlib import Path
 from stlm.config import DataConfig
