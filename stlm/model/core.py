@@ -106,7 +106,7 @@ class Core(nn.Module):
         if self.stream_scales is not None and self.input_scales is not None:
             x = self.stream_scales[layer.block] * x + self.input_scales[layer.block] * entered
         if self.value_scales is not None and layer.block:  # the first block's values stay what they are, in every pass
-            options["share"] = self.value_scales[layer.block - 1]
+            options = options | dict(share=self.value_scales[layer.block - 1])
         after, values = self.blocks[layer.block](x, self.attentions[layer.attention], self.ffns[layer.ffn], options)
         depth = (layer.block + 1) / len(self.blocks)
         return after if self.layer_drop is None else self.layer_drop(x, after, depth), values
