@@ -212,10 +212,11 @@ def test_stochastic_depth_skips_whole_layers_of_single_texts_and_is_off_in_use()
     assert all(abs(share - expected) < 0.2 for share, expected in zip(skipped, (0.3, 0.6, 0.9), strict=True)), skipped
 
 
-@pytest.mark.parametrize("overrides", [{"train.dropout_schedule": "up"}, {"train.layer_drop_schedule": "late"},
-                                       {"train.batch_schedule": "up"}, {"train.weight_decay": 0, "train.weight_decay_schedule": "down"},
-                                       {"train.schedule_turn": 0}, {"model.layer_drop": 1}, {"model.logit_softcap": -1},
-                                       {"train.z_loss": -1}, {"train.schedule": "sqrt", "train.cooldown": 0.99}, {"train.dropout_schedule": "sideways"}], ids=str)
+@pytest.mark.parametrize("overrides", [
+    {"train.dropout_schedule": "up"}, {"train.layer_drop_schedule": "late"}, {"train.batch_schedule": "up"},
+    {"train.weight_decay": 0, "train.weight_decay_schedule": "down"}, {"train.schedule_turn": 0}, {"model.layer_drop": 1},
+    {"model.logit_softcap": -1}, {"train.z_loss": -1}, {"train.schedule": "sqrt", "train.cooldown": 0.99},
+    {"train.dropout_schedule": "sideways"}], ids=str)
 def test_what_would_do_nothing_or_cannot_be_is_one_clear_line(overrides):
     with pytest.raises(ConfigError, match=list(overrides)[-1].replace(".", r"\.")) as caught:
         preset("demo-bpe", overrides)
