@@ -108,16 +108,16 @@ def test_a_batch_in_parts_is_a_batch(corpus, tmp_path):
 
 
 @pytest.mark.parametrize("changes", [{}, {"train.checkpoint_activations": True}], ids=str)
-def test_no_step_of_a_schedule_compiles_anything_anew(corpus, tmp_path, monkeypatch, changes):
+def test_no_step_of_a_schedule_compiles_anything_anew(corpus, tmp_path, changes):
     torch.compiler.reset()
     trainer = trainer_in(tmp_path / "run", configured(corpus, **{"train.compile": "on", "model.n_layers": 2} | changes))
     trainer.step()
-    monkeypatch.setattr(torch._dynamo.config, "error_on_recompile", True)
     compiled = torch._dynamo.utils.counters["stats"]["unique_graphs"]
     losses = []
-    for _ in range(11):
-        trainer.step()
-        losses.append(trainer.interval.nats.item() / trainer.interval.tokens)
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        for _ in range(11):
+            trainer.step()
+            losses.append(trainer.interval.nats.item() / trainer.interval.tokens)
     assert compiled >= 1 and torch._dynamo.utils.counters["stats"]["unique_graphs"] == compiled
     assert losses[-1] < losses[0]
 
