@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['Sharing', 'Patcher', 'Encoder', 'Pool', 'Unpool', 'Decoder', 'Ffn', 'Norm', 'Positions', 'Optimizer', 'Schedule',
-           'Precision', 'Compile', 'PRESETS', 'ConfigError', 'SharingConfig', 'PatchConfig', 'ModelConfig',
+           'Shape', 'Precision', 'Compile', 'PRESETS', 'ConfigError', 'SharingConfig', 'PatchConfig', 'ModelConfig',
            'DataConfig', 'tokenizer_vocab_size', 'TrainConfig', 'RunConfig', 'coerce', 'to_dict', 'from_dict',
            'to_yaml', 'from_yaml', 'override', 'all_fields', 'parse_overrides', 'preset']
 
@@ -150,6 +150,7 @@ class ModelConfig:
     ngram: int = 0                   # hashed embeddings of the last 2 to so many symbols are added to each symbol (BLT, 2024); 0 = none
     ngram_buckets: int = 16384       # rows of their common table
     dropout: float = 0.0             # probability on the embedding and on every residual branch
+    layer_drop: float = 0.0          # probability that a text skips the last layer; earlier ones in proportion (Huang et al., 2016)
     init_std: float = 0.02           # standard deviation of the initial weights
     sharing: SharingConfig = field(default_factory=SharingConfig) # which layers use the same weights
     patches: PatchConfig = field(default_factory=PatchConfig)     # how bytes are gathered before the stack, and taken apart after it
@@ -160,7 +161,7 @@ class ModelConfig:
         _require_each(self, sizes, lambda v: v >= 1, "1 or more")
         _require_each(self, "model.vocab_size", lambda v: v >= 0, "0 (from the tokenizer) or more")
         _require_each(self, "model.norm_eps model.rope_theta model.init_std", lambda v: v > 0, "more than 0")
-        _require_each(self, "model.dropout", lambda v: 0 <= v < 1, "0 up to, but not including, 1")
+        _require_each(self, "model.dropout model.layer_drop", lambda v: 0 <= v < 1, "0 up to, but not including, 1")
         _require_each(self, "model.logit_softcap", lambda v: v >= 0, "0 (none) or more")
         _require_each(self, "model.n_heads", lambda v: self.d_model % v == 0, f"a divisor of model.d_model={self.d_model}")
         _require_each(self, "model.n_kv_heads", lambda v: self.n_heads % v == 0, f"a divisor of model.n_heads={self.n_heads}")
@@ -225,7 +226,8 @@ def tokenizer_vocab_size(name: str # as in `DataConfig.tokenizer`
 
 # %% ../nbs/01_config.ipynb #953a65ba
 Optimizer = Literal["adamw", "muon"]
-Schedule = Literal["cosine", "linear"]
+Schedule = Literal["cosine", "linear", "sqrt", "constant"]
+Shape = Literal["constant", "cut", "up", "down", "early", "late", "triangle"]
 Precision = Literal["auto", "fp32", "bf16"]
 Compile = Literal["auto", "on", "off"]
 
@@ -242,9 +244,9 @@ class TrainConfig:
     matrix_lr: float = 0.02          # peak learning rate of muon's matrices
     embedding_lr: float = 1.0        # factor of the learning rate of embeddings
     min_lr_ratio: float = 0.1        # learning rate at the end, as a share of the peak
-    schedule: Schedule = "cosine"    # after warm-up: cosine, or flat and then linear down
+    schedule: Schedule = "cosine"    # after warm-up: cosine; flat and then down, linear or as 1 - sqrt; constant
     warmup: float = 0.05             # share of the steps in which the learning rate rises
-    cooldown: float = 0.5            # share of the steps in which the linear schedule falls
+    cooldown: float = 0.5            # share of the steps in which a flat schedule falls (linear, sqrt)
     beta1: float = 0.9               # AdamW's first moment
     beta2: float = 0.95              # AdamW's second moment
     momentum: float = 0.95           # Muon's
@@ -252,6 +254,11 @@ class TrainConfig:
     cautious: bool = False           # decay only where the step shrinks a weight as well (Chen et al., 2025)
     ema: float = 0.0                 # share of the old in the moving average of the weights that is scored and saved; 0 = no average
     z_loss: float = 0.0              # weight of log² of the softmax's sum beside the nats (PaLM, 2022, took 1e-4); 0 = none
+    weight_decay_schedule: Shape = "constant" # how much of it there is while the run goes on
+    dropout_schedule: Shape = "constant"      # the same for model.dropout
+    layer_drop_schedule: Shape = "constant"   # the same for model.layer_drop
+    batch_schedule: Shape = "constant"        # the same for batch_size, in whole parts of `accumulation`
+    schedule_turn: float = 0.5       # share of the steps at which cut, early and late turn, and triangle has its peak
     local_lr: float = 1.0            # factor of the learning rate in the encoder and decoder of patches
     loop_start: float = 0.0          # share of the steps after which looped layers begin to be run more than once
     clip: float = 1.0                # largest gradient norm; 0 = no clipping
@@ -259,6 +266,7 @@ class TrainConfig:
     device: str = "auto"             # auto, cpu, cuda, cuda:N, mps
     precision: Precision = "auto"    # auto = bf16 where the hardware is fast at it, else fp32
     compile: Compile = "auto"        # auto = torch.compile on CUDA
+    checkpoint_activations: bool = False # keep each layer's input alone and compute the rest again for the backward pass
     log_every: int = 10              # steps between lines of the log
     eval_every: int = 0              # steps between validations; 0 = ten in a run
     eval_bytes: int = 100_000        # raw bytes of validation text in each of them
@@ -275,7 +283,11 @@ class TrainConfig:
         _require_each(self, "train.beta1 train.beta2 train.momentum train.ema", lambda v: 0 <= v < 1, "0 up to, but not including, 1")
         _require_each(self, "train.lr train.matrix_lr train.embedding_lr train.local_lr", lambda v: v > 0, "more than 0")
         _require_each(self, "train.accumulation", lambda v: self.batch_size % v == 0, f"a divisor of train.batch_size={self.batch_size}")
-        _require_each(self, "train.cooldown", lambda v: self.schedule != "linear" or self.warmup + v <= 1, "at most 1 - train.warmup")
+        falls = self.schedule in ("linear", "sqrt")
+        _require_each(self, "train.cooldown", lambda v: not falls or self.warmup + v <= 1, "at most 1 - train.warmup")
+        _require_each(self, "train.schedule_turn", lambda v: 0 < v < 1, "more than 0, less than 1")
+        _require(self.batch_schedule == "constant" or self.accumulation > 1, "train.batch_schedule", self.batch_schedule,
+                 "constant with train.accumulation=1, since a batch changes by whole parts")
         _require_each(self, "train.device", _is_device, "auto, cpu, cuda, cuda:N, mps")
 
 
@@ -299,6 +311,11 @@ class RunConfig:
         allowed = f"0 or {size}, the size of data.tokenizer={self.data.tokenizer}"
         _require(self.model.vocab_size == size, "model.vocab_size", self.model.vocab_size, allowed)
         self._check_patches()
+        for name, of, peak in (("dropout_schedule", "model.dropout", self.model.dropout),
+                               ("layer_drop_schedule", "model.layer_drop", self.model.layer_drop),
+                               ("weight_decay_schedule", "train.weight_decay", self.train.weight_decay)):
+            shape = getattr(self.train, name)
+            _require(shape == "constant" or peak > 0, f"train.{name}", shape, f"constant with {of}=0")
 
     def _check_patches(self) -> None:
         patcher, tokenizer = self.model.patches.patcher, self.data.tokenizer

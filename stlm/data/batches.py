@@ -6,7 +6,7 @@
 __all__ = ['LARGEST_SORT', 'Batch', 'read_windows', 'random_order', 'computed_order', 'Batches', 'windows_in_order']
 
 # %% ../../nbs/13_data.batches.ipynb #f6b047f6
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -50,7 +50,7 @@ def random_order(n: int,        # how many there are
     numbers = np.random.Philox(key=np.array([seed, epoch], np.uint64)).random_raw(n)
     return np.argsort(numbers, kind="stable")
 
-# %% ../../nbs/13_data.batches.ipynb #88660362
+# %% ../../nbs/13_data.batches.ipynb #3db91954
 LARGEST_SORT = 2 ** 24  # windows whose order is sorted; smaller sets keep the order they have always had
 
 
@@ -90,9 +90,10 @@ class Batches:
                  split: TokenSplit,
                  context: int,    # symbols in a window
                  batch_size: int, # windows in a batch, over all processes and accumulation
-                 seed: int
+                 seed: int,
+                 starts: Sequence[int] | None = None # windows before each batch and after the last one; None = all are `batch_size` large
                  ):
-        self.split, self.context, self.batch_size, self.seed = split, context, batch_size, seed
+        self.split, self.context, self.batch_size, self.seed, self.starts = split, context, batch_size, seed, starts
         self.n_windows = (split.n_tokens - 1) // context
         if self.n_windows < 1:
             raise StlmError(f"the {split.name} split has {split.n_tokens} symbols, too few for model.context={context}; "
@@ -112,7 +113,8 @@ class Batches:
                 step: int       # from 0
                 ) -> np.ndarray: # (batch_size,) numbers of windows
         "Which windows make up a batch. A batch may end one epoch and begin the next."
-        epochs, places = np.divmod(np.arange(step * self.batch_size, (step + 1) * self.batch_size), self.n_windows)
+        first, after = (step * self.batch_size, (step + 1) * self.batch_size) if self.starts is None else self.starts[step:step + 2]
+        epochs, places = np.divmod(np.arange(first, after), self.n_windows)
         return np.concatenate([self._visited(epoch, places[epochs == epoch]) for epoch in np.unique(epochs).tolist()])
 
     def _visited(self, epoch: int, places: np.ndarray) -> np.ndarray:
@@ -126,11 +128,12 @@ class Batches:
               world: int = 1 # processes that share the batch
               ) -> Batch:    # batch_size / world windows
         "One process' share of a batch. Raises `StlmError` if the batch cannot be shared equally."
-        if self.batch_size % world:
-            raise StlmError(f"train.batch_size={self.batch_size} cannot be shared by {world} processes; take a multiple of {world}")
-        share = self.batch_size // world
-        windows = self.windows(step)[rank * share:(rank + 1) * share]
-        return read_windows(self.split, windows * self.context, self.context)
+        windows = self.windows(step)
+        if len(windows) % world:
+            raise StlmError(f"a batch of {len(windows)} windows (train.batch_size={self.batch_size}) cannot be shared by {world} "
+                            f"processes; take a multiple of {world}")
+        share = len(windows) // world
+        return read_windows(self.split, windows[rank * share:(rank + 1) * share] * self.context, self.context)
 
 # %% ../../nbs/13_data.batches.ipynb #a39beb07
 def _symbols_for_bytes(split: TokenSplit, max_bytes: int, token_bytes: np.ndarray) -> int:

@@ -26,6 +26,7 @@ from ..hardware import peak_flops, pick_device, pick_precision
 from .plots import PARTS, parts, short
 from ..model.accounting import Account, account, executed_parts, training_hours
 from ..model.sharing import plan, users
+from ..train.schedules import planned_batches
 
 # %% ../../nbs/73_lab.explorer.ipynb #7a9678bb
 TYPICAL_BYTES = {512: 1.98, 1024: 2.44, 2048: 2.87, 4096: 3.28, 8192: 3.71, 16384: 4.08, 32768: 4.37, 65536: 4.56} # vocabulary -> bytes
@@ -80,7 +81,7 @@ def typical_account(config: RunConfig,
 def planned_bytes(config: RunConfig # steps or bytes decide
                   ) -> float:
     "How much text a run reads: exact where the configuration counts bytes, an estimate where it counts steps."
-    symbols = config.train.steps * config.train.batch_size * config.model.context
+    symbols = planned_batches(config.train.steps, config.train) * config.train.batch_size * config.model.context
     return config.train.bytes or symbols * typical_bytes_per_token(config.data.tokenizer)
 
 

@@ -325,12 +325,14 @@ def training_memory(config: ModelConfig,                 # with `vocab_size` set
                     batch_size: int,                     # windows of `context` symbols in an optimizer step
                     accumulation: int = 1,               # parts that these are computed in
                     dtype: torch.dtype = torch.bfloat16, # of the matrix products; weights and their gradients are float32
-                    symbols_per_patch: float | None = None # measured on the data; None = `patches.size`
+                    symbols_per_patch: float | None = None, # measured on the data; None = `patches.size`
+                    checkpointing: bool = False          # whether layers are computed again for the backward pass
                     ) -> Memory:
     "Memory that training takes, from a step on tensors without memory. Raises `StlmError` for a configuration without a vocabulary."
     patches = max(1, round(config.context / (symbols_per_patch or config.patches.size)))
     with FakeTensorMode(), _Ledger(patches) as ledger, warnings.catch_warnings(action="ignore"):  # about kernels that are not run
         model = LanguageModel(config)
+        model.set_checkpointing(checkpointing)
         weights = ledger.most = ledger.bytes
         trained = 4 * sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
         ids = torch.zeros(batch_size // accumulation, config.context, dtype=torch.long)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from ..config import ModelConfig
 from .attention import Attention, KVCache, causal_mask
-from .layers import FeedForward, corrections, make_norm
+from .layers import FeedForward, LayerDrop, corrections, make_dropout, make_norm, run_block
 from .positions import make_positions
 from .sharing import Layer, plan, users
 
@@ -28,7 +28,7 @@ class Block(nn.Module):
         self.attention_norm = make_norm(config)
         self.ffn_norm = make_norm(config)
         self.attention_lora, self.ffn_lora = attention_lora, ffn_lora
-        self.dropout = nn.Dropout(config.dropout)
+        self.dropout = make_dropout(config)
 
     def forward(self, x: Tensor,           # (B, T, d_model)
                 attention: nn.Module,      # the network that the plan names for this layer
@@ -46,9 +46,10 @@ class Core(nn.Module):
     def __init__(self, config: ModelConfig): # every field but the vocabulary may decide
         super().__init__()
         self.looping = True  # whether looped layers run more than once
+        self.checkpointing = False  # whether layers are computed again for the backward pass
         self._plans = {looping: plan(config, looping) for looping in (False, True)}
         self.positions = make_positions(config)
-        self.dropout = nn.Dropout(config.dropout)
+        self.dropout = make_dropout(config)
         self.attentions = nn.ModuleList(Attention(config) for _ in users(self.plan, "attention"))
         self.ffns = nn.ModuleList(FeedForward(config) for _ in users(self.plan, "ffn"))
         self.blocks = nn.ModuleList(self._block(config, layer) for layer in self._plans[False])
@@ -60,6 +61,7 @@ class Core(nn.Module):
     def _add_switches(self, config: ModelConfig) -> None:
         "What is there only where the configuration asks for it, with the start of the scalars."
         n, further = config.n_layers, config.n_layers - 1
+        self.layer_drop = LayerDrop(config.layer_drop) if config.layer_drop else None
         self.embedding_norm = make_norm(config) if config.embedding_norm else None
         self.stream_scales = nn.Parameter(torch.ones(n)) if config.residual_scalars else None
         self.input_scales = nn.Parameter(torch.zeros(n)) if config.residual_scalars else None
@@ -89,7 +91,7 @@ class Core(nn.Module):
             if self.iterations is not None and layer.iteration > iteration:
                 x = x + self.iterations[layer.iteration - 1]
             iteration = layer.iteration
-            x, values = self._run(layer, x, entered, options | dict(layer=slot))
+            x, values = run_block(self._run, layer, x, entered, options | dict(layer=slot), again=self.checkpointing)
             if slot == 0 and self.value_scales is not None:
                 options["first"] = values
         if cache is not None:
@@ -104,8 +106,10 @@ class Core(nn.Module):
         if self.stream_scales is not None and self.input_scales is not None:
             x = self.stream_scales[layer.block] * x + self.input_scales[layer.block] * entered
         if self.value_scales is not None and layer.block:  # the first block's values stay what they are, in every pass
-            options["share"] = self.value_scales[layer.block - 1]
-        return self.blocks[layer.block](x, self.attentions[layer.attention], self.ffns[layer.ffn], options)
+            options = options | dict(share=self.value_scales[layer.block - 1])
+        after, values = self.blocks[layer.block](x, self.attentions[layer.attention], self.ffns[layer.ffn], options)
+        depth = (layer.block + 1) / len(self.blocks)
+        return after if self.layer_drop is None else self.layer_drop(x, after, depth), values
 
     def _mask(self, length: int, start: int, device: torch.device) -> Tensor | None:
         bias = self.positions.bias(length, start)

@@ -18,6 +18,8 @@ from ..config import ModelConfig
 from ..foundation import StlmError
 from .attention import KVCache
 from .core import Core, init_weights
+from .layers import Dropout
+from .local import LocalStack
 from .patches import Cuts, ratio_loss
 from .pooling import RATIO_WEIGHT, NGrams, PatchCache, PooledStack
 
@@ -141,7 +143,9 @@ class LanguageModel(nn.Module):
                   ) -> tuple[Tensor, Tensor]:   # what training descends on, and the mean nats of a symbol in it
         "The loss. A z-loss comes on top, and a learned gate adds its ratio loss; for all others the two are the same."
         hidden, cuts = self._run(ids, None)
-        nats, loss = (each.mean() for each in self._scored(hidden, targets, z_loss))
+        each, each_loss = self._scored(hidden, targets, z_loss)  # (B, T), (B, T)
+        nats = each.mean()
+        loss = each_loss.mean() if z_loss else nats
         if cuts is None or cuts.gate is None:
             return loss, nats
         return loss + RATIO_WEIGHT * ratio_loss(cuts, self.config.patches.size), nats
@@ -174,10 +178,24 @@ class LanguageModel(nn.Module):
 
     def set_dropout(self, rate: float # probability, 0 up to, but not including, 1
                     ) -> None:
-        "Change the rate of every dropout; the configuration keeps the rate that the model was made with."
+        "Change the rate of every dropout in a model that has some; the configuration keeps the rate that the model was made with."
         for module in self.modules():
-            if isinstance(module, nn.Dropout):
+            if isinstance(module, Dropout):
                 module.p = rate
+
+    def vary_dropout(self) -> Tensor: # () the rate of the steps to come, on the model's device
+        "Let every dropout read its rate from one tensor: fill it as often as you like, and no compiled graph is made anew."
+        rate = torch.tensor(self.config.dropout, device=self.head_weight.device)
+        for module in self.modules():
+            if isinstance(module, Dropout):
+                module.rate = rate
+        return rate
+
+    def set_checkpointing(self, on: bool) -> None:
+        "Whether training keeps only the input of each layer and computes the rest again: less memory, a third more arithmetic."
+        for module in self.modules():
+            if isinstance(module, Core | LocalStack):
+                module.checkpointing = on
 
 # %% ../../nbs/28_model.lm.ipynb #e549ff5b
 def extend_context(model: LanguageModel, # stays as it is

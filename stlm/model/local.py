@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from ..config import ModelConfig, PatchConfig, SharingConfig
 from .attention import KVCache
-from .layers import FeedForward, Joined, make_norm
+from .layers import FeedForward, Joined, make_dropout, make_norm, run_block
 from .positions import alibi_slopes
 
 # %% ../../nbs/26_model.local.ipynb #b0b49560
@@ -120,7 +120,7 @@ class LocalBlock(nn.Module):
         super().__init__()
         self.attention_norm, self.attention = make_norm(config), WindowAttention(config, window)
         self.ffn_norm, self.ffn = make_norm(config), FeedForward(config)
-        self.dropout = nn.Dropout(config.dropout)
+        self.dropout = make_dropout(config)
 
     def forward(self, x: Tensor, patch: Tensor | None, cache: KVCache | None, layer: int) -> Tensor: # as `WindowAttention`
         "Add attention, then the feed-forward network."
@@ -135,6 +135,7 @@ class LocalStack(nn.Module):
                  ):
         super().__init__()
         own = local_config(config)
+        self.checkpointing = False  # whether layers are computed again for the backward pass
         self.blocks = nn.ModuleList(LocalBlock(own, config.patches.window) for _ in range(n_layers))
         self.norm = make_norm(own)
 
@@ -145,7 +146,7 @@ class LocalStack(nn.Module):
         "Run the layers."
         patch = None if patch is None else patch[:, None, :, None]
         for layer, block in enumerate(self.blocks):
-            x = block(x, patch, cache, layer)
+            x = run_block(block, x, patch, cache, layer, again=self.checkpointing)
         if cache is not None:
             cache.advance(x.shape[1])
         return self.norm(x)

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from ..config import ModelConfig
 from .attention import KVCache, require_room
 from .core import Core
-from .layers import make_norm
+from .layers import make_dropout, make_norm
 from .local import GridBlock, LocalStack, local_config
 from .patches import Cuts, Gate, Open, after, cut, make_patcher, nothing_open, segmenter_config
 from .positions import alibi_slopes
@@ -64,7 +64,7 @@ class ByteEmbedding(nn.Module):
         self.ngrams = NGrams(local.ngram, local.ngram_buckets, local.d_local) if local.ngram else None
         in_grid = local.encoder == "patch"  # where bytes see each other in both directions, nothing else tells their order
         self.positions = nn.Embedding(local.max_size or MOST_POSITIONS, local.d_local) if local.position or in_grid else None
-        self.dropout = nn.Dropout(config.dropout)
+        self.dropout = make_dropout(config)
 
     def forward(self, ids: Tensor,                  # (B, before + T) symbols
                 before: int,                        # how many of them are only there for the hashes

@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 
-from ..config import RunConfig, TrainConfig
+from ..config import RunConfig, Shape, TrainConfig
 from ..data.batches import Batch, Batches, windows_in_order
 from ..data.shards import Dataset, prepare
 from ..foundation import StlmError, bits_of, cache_folder, progress, project_folder, write_json
@@ -31,9 +31,9 @@ from ..model.lm import LanguageModel
 from ..model.patches import EntropyPatcher, segmenter_config
 from ..pretrained import from_pretrained, save_pretrained
 from .checkpoints import load_checkpoint, save_checkpoint
-from .optimizers import make_optimizer, set_learning_rate
+from .optimizers import make_optimizer, set_learning_rate, set_weight_decay
 from .records import Run, append_log, begin, cut_log, locked
-from .schedules import learning_rate, loops_run
+from .schedules import batch_starts, learning_rate, loops_run, planned_steps, share
 
 # %% ../../nbs/44_train.loop.ipynb #d2babaf7
 @dataclass(frozen=True)
@@ -49,7 +49,7 @@ def make_plan(config: RunConfig,
               ) -> Plan:
     "Resolve every `0 = automatic` of a configuration."
     bytes_per_step = config.train.batch_size * config.model.context * bytes_per_token
-    steps = config.train.steps or max(1, round(config.train.bytes / bytes_per_step))
+    steps = config.train.steps or planned_steps(config.train.bytes / bytes_per_step, config.train)
     tenth = math.ceil(steps / 10)
     return Plan(steps, config.train.eval_every or tenth, config.train.checkpoint_every or tenth)
 
@@ -67,11 +67,12 @@ def train_step(objective: Objective,
     "Update the weights with one batch; the learning rate is already set."
     optimizer.zero_grad(set_to_none=True)
     total = torch.zeros((), device=device)
-    for inputs, targets in zip(batch.inputs.chunk(config.accumulation), batch.targets.chunk(config.accumulation), strict=True):
+    parts = -(-len(batch.inputs) // (config.batch_size // config.accumulation))  # fewer than `accumulation` while a batch schedule says so
+    for inputs, targets in zip(batch.inputs.chunk(parts), batch.targets.chunk(parts), strict=True):
         with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
             loss, nats = objective(inputs.to(device, non_blocking=True), targets.to(device, non_blocking=True))
-        (loss / config.accumulation).backward()
-        total += nats.detach() / config.accumulation
+        (loss / parts).backward()
+        total += nats.detach() / parts
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     norm = torch.nn.utils.clip_grad_norm_(parameters, config.clip or math.inf)
     optimizer.step()
@@ -171,11 +172,14 @@ class Trainer:
         if config.model.patches.patcher == "entropy":
             load_segmenter(self.model, config, dataset, show_progress)
         self.model.to(self.device)
+        self.model.set_checkpointing(config.train.checkpoint_activations)
+        self.rates = self._changing_rates()
         self.optimizer = make_optimizer(self.model, config.train)
         self.objective = self._compiled()
-        self.batches = Batches(dataset.split("train"), config.model.context, config.train.batch_size, config.train.seed)
         self.token_bytes = torch.as_tensor(dataset.tokenizer.token_bytes)  # (V,)
         self.plan = make_plan(config, dataset.split("train").bytes_per_token)
+        self.batches = Batches(dataset.split("train"), config.model.context, config.train.batch_size, config.train.seed,
+                               batch_starts(self.plan.steps, config.train))
         self.measure_patches()
         self.peak = peak_flops(self.device, self.dtype)
         self.progress = Progress()
@@ -216,11 +220,28 @@ class Trainer:
         self.model.set_looping(on)
         return on
 
+    def _changing_rates(self) -> list[tuple[torch.Tensor, float, Shape]]: # what the model reads when it runs, its peak, its schedule
+        rates: list[tuple[torch.Tensor, float, Shape]] = []
+        model, config, layer_drop = self.config.model, self.config.train, self.model.body.core.layer_drop
+        if config.dropout_schedule != "constant":
+            rates.append((self.model.vary_dropout(), model.dropout, config.dropout_schedule))
+        if layer_drop is not None:
+            rates.append((layer_drop.rate, model.layer_drop, config.layer_drop_schedule))
+        return rates
+
+    def set_rates(self) -> None:
+        "Learning rate, weight decay, dropout and stochastic depth of the step."
+        config, step, steps = self.config.train, self.progress.step, self.plan.steps
+        set_learning_rate(self.optimizer, learning_rate(step, steps, config))
+        set_weight_decay(self.optimizer, config.weight_decay * share(config.weight_decay_schedule, step, steps, config))
+        for rate, peak, schedule in self.rates:
+            rate.fill_(peak * share(schedule, step, steps, config))
+
     def step(self) -> None:
         "One optimizer step and its bookkeeping."
         number, loops = self.progress.step, self.set_loops()
         start = time.perf_counter()
-        set_learning_rate(self.optimizer, learning_rate(number, self.plan.steps, self.config.train))
+        self.set_rates()
         torch.manual_seed(self.config.train.seed * 1_000_003 + number)  # dropout's numbers: a function of seed and step
         batch = self.batches.batch(number)
         loss, norm = train_step(self.objective, self.optimizer, batch, self.config.train, self.device, self.dtype)
