@@ -146,7 +146,7 @@ def _draw_measure(axis: Axes, measure: str, records: Sequence[dict[str, Any]]) -
         bar = axis.figure.colorbar(image, ax=axis, orientation="horizontal", fraction=0.05, pad=0.02, aspect=30)
         bar.outline.set_visible(False)
         bar.minorticks_off()
-        ticks = np.geomspace(low, high, 3)
+        ticks = np.geomspace(low, high, 3).tolist()
         bar.set_ticks(ticks, labels=[f"{tick:.2g}" for tick in ticks])
     axis.set_yticks(np.arange(len(names)) + 0.5, names, size=8.5)
     axis.set_ylim(max(len(names), 1), 0)
