@@ -159,8 +159,9 @@ class Live(Watcher):
 
     def noted(self, kind: str, line: dict[str, Any]) -> None:
         if kind == "samples":
-            text = escape(line["prompt"]) + "<b>" + escape(line["text"]) + "</b>"
-            self.sample.value = f'<div class="soft">a sample of step {line["step"]:,}</div><div class="sample">{text}</div>'
+            title = f'<div class="soft">samples of step {line["step"]:,}</div>'
+            others = self.sample.value if self.sample.value.startswith(title) else title
+            self.sample.value = f'{others}<div class="sample">{escape(line["prompt"])}<b>{escape(line["text"])}</b></div>'
 
     # what is shown
 
