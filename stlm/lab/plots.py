@@ -232,7 +232,7 @@ def loss_curve(log: pd.DataFrame,                       # as `Run.log` reads it
     return figure
 
 # %% ../../nbs/70_lab.plots.ipynb #a3c1b7b7
-_PANELS = {"bpb": ("bits per byte", 1), "loss": ("loss, nats", 1), "lr": ("learning rate", 1), "grad_norm": ("gradient norm", 1),
+_PANELS = {"bpb": ("bits per byte", 1), "loss": ("loss, nats", 1), "lr": ("learning rate · 10³", 1e3), "grad_norm": ("gradient norm", 1),
            "bytes_per_second": ("speed, kB/s", 1e-3)} # column of the log -> title, and what its numbers are multiplied by
 _MOST_POINTS = 1000 # in a panel
 
