@@ -140,6 +140,11 @@ class ModelConfig:
     rope_theta: float = 10000.0      # base of the rotary wavelengths, in symbols
     rope_fraction: float = 1.0       # share of each head's coordinates that rope turns; the others know no position (GPT-J, 2021)
     qk_norm: bool = False            # RMSNorm on queries and keys (Henry et al., 2020)
+    zero_init: bool = False          # matrices that write into the residual stream start at zero
+    embedding_norm: bool = False     # what enters the stack is normalised first
+    residual_scalars: bool = False   # learned scalars before each layer: of the stream, and of the stack's input that is added again
+    value_residual: bool = False     # each layer's values are mixed with the first layer's by a learned scalar (Zhou et al., 2024)
+    logit_softcap: float = 0.0       # c in c * tanh(logits / c), the bound of every logit (Gemma 2, 2024); 0 = none
     tied_head: bool = True           # the output head is the embedding matrix (Press and Wolf, 2017)
     embedding_rank: int = 0          # the vocabulary's matrices have this width and a projection (ALBERT, 2019); 0 = no projection
     dropout: float = 0.0             # probability on the embedding and on every residual branch
@@ -154,6 +159,7 @@ class ModelConfig:
         _require_each(self, "model.vocab_size", lambda v: v >= 0, "0 (from the tokenizer) or more")
         _require_each(self, "model.norm_eps model.rope_theta model.init_std", lambda v: v > 0, "more than 0")
         _require_each(self, "model.dropout", lambda v: 0 <= v < 1, "0 up to, but not including, 1")
+        _require_each(self, "model.logit_softcap", lambda v: v >= 0, "0 (none) or more")
         _require_each(self, "model.n_heads", lambda v: self.d_model % v == 0, f"a divisor of model.d_model={self.d_model}")
         _require_each(self, "model.n_kv_heads", lambda v: self.n_heads % v == 0, f"a divisor of model.n_heads={self.n_heads}")
         even = self.positions not in ("rope", "sinusoidal") or self.d_head % 2 == 0
@@ -233,6 +239,7 @@ class TrainConfig:
     beta1: float = 0.9               # AdamW's first moment
     beta2: float = 0.95              # AdamW's second moment
     weight_decay: float = 0.1        # on matrices only, never on norms or vectors
+    z_loss: float = 0.0              # weight of log² of the softmax's sum beside the nats (PaLM, 2022, took 1e-4); 0 = none
     local_lr: float = 1.0            # factor of the learning rate in the encoder and decoder of patches
     loop_start: float = 0.0          # share of the steps after which looped layers begin to be run more than once
     clip: float = 1.0                # largest gradient norm; 0 = no clipping
@@ -251,7 +258,7 @@ class TrainConfig:
         _require(min(lengths) == 0 < max(lengths), "train.steps, train.bytes", lengths, "exactly one of the two above 0")
         _require_each(self, "train.batch_size train.accumulation train.log_every train.eval_bytes", lambda v: v >= 1, "1 or more")
         _require_each(self, "train.eval_every train.checkpoint_every train.seed", lambda v: v >= 0, "0 or more")
-        _require_each(self, "train.weight_decay train.clip", lambda v: v >= 0, "0 or more")
+        _require_each(self, "train.weight_decay train.clip train.z_loss", lambda v: v >= 0, "0 or more")
         _require_each(self, "train.min_lr_ratio train.warmup train.cooldown train.loop_start", lambda v: 0 <= v <= 1, "0 to 1")
         _require_each(self, "train.beta1 train.beta2", lambda v: 0 <= v < 1, "0 up to, but not including, 1")
         _require_each(self, "train.lr train.local_lr", lambda v: v > 0, "more than 0")

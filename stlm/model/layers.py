@@ -59,6 +59,8 @@ def product(network: nn.Module,          # has the matrix
 # %% ../../nbs/20_model.layers.ipynb #025edc0a
 class FeedForward(nn.Module):
     "Transforms each position on its own (Shazeer, 2020, for SwiGLU; So et al., 2021, for ReLU²)."
+    writes = ("down",)  # into the residual stream
+
     def __init__(self, config: ModelConfig): # `ffn`, `d_model` and `d_ff` decide
         super().__init__()
         self.kind = config.ffn

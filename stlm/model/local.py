@@ -39,6 +39,7 @@ def window_bias(slopes: Tensor,  # (n_heads,)
 
 class WindowAttention(nn.Module):
     "Causal attention over the last `window` bytes, in blocks."
+    writes = ("out",) # into the residual stream
     slopes: Tensor # (n_heads,)
     bias: Tensor   # (n_heads, window, 2 * window) of the bytes of a block over the block before and their own
 
@@ -159,6 +160,7 @@ class GridBlock(nn.Module):
                  ):
         super().__init__()
         self.n_heads, self.keeps_width = n_heads, d_in == d_out
+        self.writes = ("out", "down") if self.keeps_width else ("out",)  # into the residual stream
         self.attention_norm, self.ffn_norm = make_norm(config, d_in), make_norm(config, d_in)
         self.qkv, self.out = nn.Linear(d_in, 3 * d_in, bias=False), nn.Linear(d_in, d_in, bias=False)
         self.up, self.down = nn.Linear(d_in, 4 * d_in, bias=False), nn.Linear(4 * d_in, d_out, bias=False)

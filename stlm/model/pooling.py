@@ -202,6 +202,7 @@ class Slots(nn.Module):
 
 class Attend(nn.Module):
     "What a byte's state reads from the answers, nearer ones preferred as in ALiBi (Press et al., 2021)."
+    writes = ("out",) # into the decoder's residual stream
     slopes: Tensor # (n_heads,)
 
     def __init__(self, config: ModelConfig): # `d_model` and `patches` decide
