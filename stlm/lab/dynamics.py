@@ -60,10 +60,11 @@ def activations(model: LanguageModel,
     "How large the numbers are that each executed layer writes, and those of the stream after it."
     core, found, met = model.body.core, dict[str, Tensor](), Counter[str]()
 
-    def note(kind: str) -> Callable[[nn.Module, Any, Tensor], None]:
-        def hook(module: nn.Module, inputs: Any, output: Tensor) -> None:
+    def note(kind: str) -> Callable[[nn.Module, Any, Any], None]:
+        def hook(module: nn.Module, inputs: Any, output: Any) -> None:
+            written = output[0] if isinstance(output, tuple) else output  # blocks and attention hand on values, too
             met[kind] += 1
-            found[f"{kind} {met[kind]}"] = output.float().square().mean().sqrt()
+            found[f"{kind} {met[kind]}"] = written.float().square().mean().sqrt()
         return hook
 
     with ExitStack() as hooks, evaluating(model), torch.no_grad():
