@@ -110,7 +110,8 @@ def _vocabulary(config: ModelConfig) -> tuple[int, int]: # matrices on the side 
         return _byte_embedding(config), 0 if config.tied_head else config.vocab_size * config.patches.d_local
     rank = config.embedding_rank
     matrix, projection = config.vocab_size * (rank or config.d_model), rank * config.d_model
-    return matrix + projection, projection + (0 if config.tied_head else matrix)
+    ngrams = config.ngram_buckets * config.d_model if config.ngram else 0
+    return matrix + projection + ngrams, projection + (0 if config.tied_head else matrix)
 
 
 def _byte_embedding(config: ModelConfig) -> int: # bytes, hashed n-grams, positions in the patch

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from ..config import ModelConfig
 from ..foundation import StlmError
-from .layers import make_norm, product
+from .layers import Joined, make_norm, product
 from .positions import Positions
 
 # %% ../../nbs/22_model.attention.ipynb #dc32930c
@@ -29,6 +29,7 @@ class KVCache:
         self.keys = torch.zeros(shape, device=device, dtype=dtype)
         self.values = torch.zeros(shape, device=device, dtype=dtype)
         self.length = 0  # symbols read so far
+        self.recent: Tensor | None = None  # (B, …) the last of them, for models that look them up again
 
     def append(self, layer: int,           # which executed layer, counted from 0
                keys: Tensor,               # (B, n_kv_heads, T, d_head)
@@ -44,6 +45,14 @@ class KVCache:
                 ) -> None:
         "Count symbols as read, once for all layers."
         self.length += symbols
+
+    def remember(self, ids: Tensor, # (B, T) new symbols
+                 before: int        # how many older ones are wanted, at least 1
+                 ) -> Tensor:       # (B, up to before + T) the last of the older ones, and the new ones
+        "Keep the last symbols until the next call."
+        known = ids if self.recent is None else torch.cat([self.recent, ids], dim=1)
+        self.recent = known[:, -before:]
+        return known
 
     def require_room(self, ids: Tensor # (B, T) about to be read
                      ) -> None:
@@ -84,7 +93,7 @@ class Attention(nn.Module):
     def __init__(self, config: ModelConfig): # `d_model`, `n_heads`, `n_kv_heads` and `qk_norm` decide
         super().__init__()
         self.n_heads, self.n_kv_heads, self.d_head = config.n_heads, config.n_kv_heads, config.d_head
-        self.qkv = nn.Linear(config.d_model, (config.n_heads + 2 * config.n_kv_heads) * config.d_head, bias=False)
+        self.qkv = Joined(config.d_model, *(n * config.d_head for n in (config.n_heads, config.n_kv_heads, config.n_kv_heads)))
         self.out = nn.Linear(config.d_model, config.d_model, bias=False)
         self.query_norm = make_norm(config, config.d_head) if config.qk_norm else None
         self.key_norm = make_norm(config, config.d_head) if config.qk_norm else None
