@@ -21,7 +21,7 @@ setup(
     python_requires=f">={settings['min_python']}",
     packages=find_packages(include=["stlm", "stlm.*"]),
     install_requires=settings["requirements"].split(),
-    extras_require={"dev": settings["dev_requirements"].split()},
+    extras_require={name.removesuffix("_requirements"): settings[name].split() for name in settings if name.endswith("_requirements")},
     entry_points={"console_scripts": settings["console_scripts"].split()},
     zip_safe=False,
 )

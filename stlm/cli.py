@@ -31,6 +31,13 @@ def _config(name: str, settings: list[str] | None) -> RunConfig:
     return preset(name, parse_overrides(settings or []))
 
 
+def _watchers(names: str) -> Any: # what they need is imported for those who ask
+    if not names:
+        return ()
+    from stlm.lab.watch import watchers
+    return watchers(names)
+
+
 def _load(folder: Path, device: str = "auto") -> Any:
     from stlm.pretrained import from_pretrained
     return from_pretrained(folder / "model" if (folder / "model").is_dir() else folder, device)
@@ -49,10 +56,12 @@ def prepare(name: PresetOption = "demo-bpe", settings: SetOption = None) -> None
 
 @app.command()
 def train(name: PresetOption = "demo-bpe", settings: SetOption = None,
-          folder: Annotated[Optional[Path], typer.Option(help="The run's folder; runs/train/<id> if not given.")] = None) -> None:  # noqa: UP045
+          folder: Annotated[Optional[Path], typer.Option(help="The run's folder; runs/train/<id> if not given.")] = None,  # noqa: UP045
+          watch: Annotated[str, typer.Option(help="Who looks on, separated by commas: samples, statistics, tensorboard, trackio; "
+                                                  "samples:50 looks every 50 steps.")] = "") -> None:
     "Train a model, or resume a run that was stopped."
     from stlm.train.loop import train as train_model
-    run = train_model(_config(name, settings), folder)
+    run = train_model(_config(name, settings), folder, watchers=_watchers(watch))
     metrics = run.metrics or {}
     print(f"{metrics['valid_bpb']:.4f} bits per byte on {metrics['valid_bytes']:,} bytes of validation text")
     print(f"wrote {run.folder}")

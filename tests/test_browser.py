@@ -1,4 +1,4 @@
-"""The explorer in a real JupyterLab, driven by a real browser: a slider moves, the numbers follow."""
+"""The explorer and the live view in a real JupyterLab, driven by a real browser: a slider moves, a run is stopped and goes on."""
 
 import os
 import re
@@ -18,6 +18,8 @@ from stlm.config import preset
 from stlm.lab.explorer import TYPICAL_GPT2, TYPICAL_WORD, command, parameters_cell
 from stlm.lab.plots import short
 from stlm.model.accounting import account
+from stlm.train.checkpoints import checkpoints
+from stlm.train.records import Run
 
 ROOT = Path(__file__).resolve().parents[1]
 pytestmark = pytest.mark.browser
@@ -46,8 +48,9 @@ def is_up(address: str) -> bool:
 
 @pytest.fixture
 def lab(tmp_path: Path) -> Iterator[str]:
-    "The address of a JupyterLab with settings of its own, on a copy of the notebook."
-    shutil.copy(ROOT / "nbs" / "explore" / "architecture.ipynb", tmp_path)
+    "The address of a JupyterLab with settings of its own, on copies of the notebooks."
+    for notebook in (ROOT / "nbs" / "explore").glob("*.ipynb"):
+        shutil.copy(notebook, tmp_path)
     own = {f"JUPYTER{name}_DIR": str(tmp_path / f".{name}") for name in ("_CONFIG", "_RUNTIME", "LAB_SETTINGS", "LAB_WORKSPACES")}
     quiet = tmp_path / ".LAB_SETTINGS" / "@jupyterlab" / "apputils-extension" / "notification.jupyterlab-settings"
     quiet.parent.mkdir(parents=True)
@@ -73,6 +76,17 @@ def execute(page, name: str, **arguments: str) -> None:
     page.evaluate("([name, given]) => { window.jupyterapp.commands.execute(name, given) }", [name, arguments])
 
 
+def run_all_cells(browser, address: str):
+    "A page with a notebook whose cells have been started."
+    page = browser.new_page(viewport={"width": 1400, "height": 1000})
+    page.set_default_timeout(60_000)
+    page.goto(address)
+    page.wait_for_function("window.jupyterapp?.shell.currentWidget?.sessionContext?.session?.kernel?.status === 'idle'")
+    execute(page, "application:toggle-left-area")
+    execute(page, "notebook:run-all-cells")
+    return page
+
+
 def control(page, name: str):
     "The widget with this label."
     return page.locator(f".stlm-explorer .jupyter-widgets:has(> .widget-label:text-is('{name}'))")
@@ -93,12 +107,7 @@ def press(page, name: str, key: str) -> None:
 def test_the_explorer_answers_in_a_real_jupyterlab(browser, lab: str) -> None:
     from playwright.sync_api import expect
     expect.set_options(timeout=30_000)
-    page = browser.new_page(viewport={"width": 1400, "height": 1000})
-    page.set_default_timeout(60_000)
-    page.goto(f"{lab}/lab/tree/architecture.ipynb?token=t&reset")
-    page.wait_for_function("window.jupyterapp?.shell.currentWidget?.sessionContext?.session?.kernel?.status === 'idle'")
-    execute(page, "application:toggle-left-area")
-    execute(page, "notebook:run-all-cells")
+    page = run_all_cells(browser, f"{lab}/lab/tree/architecture.ipynb?token=t&reset")
     page.wait_for_selector(".stlm-explorer .card")
 
     def expect_numbers(**changes: object) -> None:
@@ -171,12 +180,40 @@ def walk_to_patches(page, cell) -> None:
     expect(cell).to_have_value(parameters_cell("demo-bytes", {}))
 
 
-def take_pictures(page, name: str) -> None:
+def take_pictures(page, name: str, app: str = ".stlm-explorer") -> None:
     "What a user sees, in both themes, as artefacts."
     (ROOT / "artifacts").mkdir(exist_ok=True)
-    page.locator(".stlm-explorer").evaluate("app => app.scrollIntoView({block: 'start'})")
+    page.locator(app).evaluate("app => app.scrollIntoView({block: 'start'})")
     for theme, ending in (("JupyterLab Dark", "-dark"), ("JupyterLab Light", "")):
         execute(page, "apputils:change-theme", theme=theme)
         page.wait_for_function(f"document.body.dataset.jpThemeName === '{theme}'")
         page.wait_for_selector("#jupyterlab-splash", state="detached")
         page.screenshot(path=ROOT / "artifacts" / f"{name}{ending}.png")
+
+
+def test_a_run_is_watched_stopped_and_resumed_in_a_real_jupyterlab(browser, lab: str, tmp_path: Path) -> None:
+    from playwright.sync_api import expect
+    expect.set_options(timeout=120_000)
+    notebook = tmp_path / "live.ipynb"
+    shorter = notebook.read_text().replace("2_000_000", "150_000").replace("samples:100", "samples:30")
+    notebook.write_text(shorter)  # long enough to be stopped, short enough to be finished
+    page = run_all_cells(browser, f"{lab}/lab/tree/live.ipynb?token=t&reset")
+    picture, words = page.locator(".stlm-live img"), page.locator(".stlm-live")
+
+    expect(picture).to_be_visible()
+    first = picture.get_attribute("src")
+    expect(picture).not_to_have_attribute("src", first)  # renewed in place
+    page.locator(".stlm-live button", has_text="Checkpoint").click()
+    expect(words).to_contain_text("checkpoint written by step")
+    page.locator(".stlm-live button", has_text="Stop").click()
+    expect(words).to_contain_text("stopped by request at step")
+    run, = (Run(path.parent) for path in (tmp_path / "runs").rglob("config.yaml"))
+    assert run.status == "stopped" and checkpoints(run.checkpoint_folder)
+    take_pictures(page, "live", ".stlm-live")
+
+    page.locator(".stlm-live button", has_text="Resume").click()
+    expect(words).to_contain_text("finished:", timeout=300_000)
+    assert run.status == "finished"
+    expect(page.locator(".stlm-live button", has_text="Resume")).to_be_disabled()
+    expect(words).to_contain_text("samples of step")
+    assert page.locator(".jp-OutputArea-output[data-mime-type*=stderr]").count() == 0

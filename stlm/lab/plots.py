@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['PALETTE', 'INK', 'SOFT', 'FAINT', 'X', 'PARTS', 'style', 'png', 'show', 'spread', 'learning_curves',
-           'learning_curves_by_bytes_and_time', 'loss_curve', 'parts', 'short', 'parameter_bars', 'draw_plan',
-           'intervals', 'lines', 'scatter']
+           'learning_curves_by_bytes_and_time', 'loss_curve', 'training_panels', 'parts', 'short', 'parameter_bars',
+           'draw_plan', 'intervals', 'lines', 'scatter']
 
 # %% ../../nbs/70_lab.plots.ipynb #1b45b592
 import base64
@@ -230,6 +230,52 @@ def loss_curve(log: pd.DataFrame,                       # as `Run.log` reads it
         axis.set_xlabel(f"{_AXES[x]} ({unit})")
         axis.set_title("bits per byte", color=SOFT)
     return figure
+
+# %% ../../nbs/70_lab.plots.ipynb #a3c1b7b7
+_PANELS = {"bpb": ("bits per byte", 1), "loss": ("loss, nats", 1), "lr": ("learning rate · 10³", 1e3), "grad_norm": ("gradient norm", 1),
+           "bytes_per_second": ("speed, kB/s", 1e-3)} # column of the log -> title, and what its numbers are multiplied by
+_MOST_POINTS = 1000 # in a panel
+
+
+def training_panels(log: pd.DataFrame,                        # as `Run.log` reads it
+                    figsize: tuple[float, float] = (9.6, 3.5) # inches
+                    ) -> Figure:
+    "Bits per byte of training and validation, loss, learning rate, gradient norm and speed against the step, with the latest of each."
+    with style():
+        figure = Figure(figsize=figsize)
+        figure.set_layout_engine("none")  # finding a layout takes longer than drawing, and this is drawn again and again
+        axes = figure.subplot_mosaic([["bpb", "bpb", "loss", "lr"], ["bpb", "bpb", "grad_norm", "bytes_per_second"]],
+                                     gridspec_kw=dict(left=0.045, right=0.99, bottom=0.14, top=0.92, wspace=0.3, hspace=0.5))
+        for column, (title, scale) in _PANELS.items():
+            smooth = _draw_panel(axes[column], log, column, title, scale)
+            if column in ("bpb", "loss"):
+                steps, valid = _points(log, "step", f"valid_{column}")
+                axes[column].plot(steps, valid, "o", color=PALETTE[1], markersize=5 if column == "bpb" else 3)
+                _zoom(axes[column], [smooth, valid])
+        _add_validation(axes["bpb"], log)
+    return figure
+
+
+def _draw_panel(axis: Axes, log: pd.DataFrame, column: str, title: str, scale: float) -> np.ndarray: # what the strong line shows
+    steps, values = _points(log, "step", column)
+    values = values * scale
+    smooth = _running_mean(values, 0 if column == "lr" else 0.08)
+    some = slice(None, None, max(1, len(steps) // _MOST_POINTS))
+    axis.plot(steps[some], values[some], color=PALETTE[0], alpha=0.3, linewidth=0.8)
+    axis.plot(steps[some], smooth[some], color=PALETTE[0], linewidth=1.6)
+    axis.xaxis.set_major_locator(mpl.ticker.MaxNLocator(4, integer=True))
+    axis.yaxis.set_major_locator(mpl.ticker.MaxNLocator(4))
+    axis.tick_params(labelsize=9)
+    axis.set_title(f"{title}  {values[-1]:.4g}" if len(values) else title, size=10, color=PALETTE[0])
+    if column in ("bpb", "grad_norm", "bytes_per_second"):
+        axis.set_xlabel("step", size=9.5)
+    return smooth
+
+
+def _add_validation(axis: Axes, log: pd.DataFrame) -> None: # its latest value, in its own colour
+    _, valid = _points(log, "step", "valid_bpb")
+    if len(valid):
+        axis.set_title(f"validation  {valid[-1]:.4g}", loc="right", size=10, color=PALETTE[1])
 
 # %% ../../nbs/70_lab.plots.ipynb #04a79081
 PARTS = {"embedding": "#0b5fa5", "untied head": "#4580b6", "bytes and patches": "#7b3fe4", "attention": "#b8480f",
