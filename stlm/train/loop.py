@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['Objective', 'SEGMENTER_BYTES', 'Plan', 'make_plan', 'train_step', 'Stopped', 'Diverged', 'stop_signals',
-           'segmenter_run', 'load_segmenter', 'Progress', 'Interval', 'Trainer', 'train']
+           'segmenter_run', 'load_segmenter', 'Watcher', 'ProgressBar', 'Progress', 'Interval', 'Trainer', 'train']
 
 # %% ../../nbs/44_train.loop.ipynb #8109eb2a
 import math
@@ -12,11 +12,12 @@ import signal
 import statistics
 import threading
 import time
-from collections.abc import Callable, Iterator
+import warnings
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -132,6 +133,56 @@ def _first_windows(dataset: Dataset, context: int) -> torch.Tensor: # (16, T) sy
     token_bytes = dataset.tokenizer.token_bytes
     return next(windows_in_order(dataset.split("train"), context, 16, 16 * context, token_bytes)).inputs
 
+# %% ../../nbs/44_train.loop.ipynb #c294ef6b
+class Watcher:
+    "Is told what happens in a run. Every method may be left out."
+
+    def started(self, trainer: "Trainer") -> None: # look at everything, change nothing
+        "The first step comes next; a resumed run is at `trainer.progress.step`."
+
+    def stepping(self) -> None:
+        "A step comes next."
+
+    def stepped(self) -> None:
+        "A step was done."
+
+    def logged(self, line: dict[str, Any]) -> None: # loss, bpb, lr, grad_norm, bytes_per_second, mfu since the line before
+        "A line about training was written to the log."
+
+    def validated(self, line: dict[str, Any]) -> None: # valid_bpb, valid_loss
+        "A line about validation was written to the log."
+
+    def noted(self, kind: str,            # such as "samples"
+              line: dict[str, Any]        # what `<kind>.jsonl` keeps
+              ) -> None:
+        "A watcher found something out."
+
+    def finished(self, metrics: dict[str, Any]) -> None: # what metrics.json keeps
+        "The run is complete."
+
+    def failed(self, error: BaseException) -> None: # `Stopped` where the run was asked to stop
+        "The run ended early."
+
+# %% ../../nbs/44_train.loop.ipynb #41398cae
+class ProgressBar(Watcher):
+    "Steps, time left, loss, bits per byte and speed in one line."
+
+    def started(self, trainer: "Trainer") -> None:
+        self.bar = progress(None, "training", trainer.plan.steps, " steps", initial=trainer.progress.step)
+
+    def stepped(self) -> None:
+        self.bar.update()
+
+    def logged(self, line: dict[str, Any]) -> None:
+        self.bar.set_postfix_str(f"loss {line['loss']:.3f}, {line['bpb']:.3f} bits/byte, {line['bytes_per_second'] / 1e3:.1f} kB/s, "
+                                 f"MFU {line['mfu']:.0%}", refresh=False)
+
+    def finished(self, metrics: dict[str, Any]) -> None:
+        self.bar.close()
+
+    def failed(self, error: BaseException) -> None:
+        self.bar.close()
+
 # %% ../../nbs/44_train.loop.ipynb #cc176cdc
 @dataclass
 class Progress:
@@ -160,9 +211,12 @@ class Trainer:
                  config: RunConfig,
                  run: Run,                 # where it is recorded
                  dataset: Dataset,         # prepared from config.data
-                 show_progress: bool = True
+                 show_progress: bool = True,
+                 watchers: Sequence[Watcher] = ()
                  ):
-        self.config, self.run, self.dataset, self.show_progress = config, run, dataset, show_progress
+        self.watchers = [*([ProgressBar()] if show_progress else []), *watchers]
+        self.requests: set[str] = set()  # "stop", "checkpoint": what was asked for during the step
+        self.config, self.run, self.dataset = config, run, dataset
         self.device = pick_device(config.train.device)
         self.dtype = pick_precision(config.train.precision, self.device)
         torch.manual_seed(config.train.seed)
@@ -206,7 +260,8 @@ class Trainer:
         state = load_checkpoint(self.run.checkpoint_folder, self.model, self.optimizer)
         if state:
             self.progress = Progress(**state["progress"])
-        cut_log(self.run.folder / "log.jsonl", self.progress.step)
+        for log in self.run.folder.glob("*.jsonl"):  # the run's own and what watchers noted
+            cut_log(log, self.progress.step)
 
     def set_loops(self) -> bool: # whether they run
         "Switch loops on or off, as the number of steps done demands."
@@ -248,6 +303,7 @@ class Trainer:
                 "mfu": i.flops / i.seconds / self.peak}
         append_log(self.run.folder / "log.jsonl", line)
         self.interval = self._new_interval()
+        self.tell("logged", line)
         return line
 
     def validate(self) -> dict[str, float]:
@@ -265,6 +321,7 @@ class Trainer:
         line = {"step": self.progress.step, "bytes": self.progress.bytes, "tokens": self.progress.tokens,
                 "seconds": self.progress.seconds, "valid_bpb": bits_of(nats, size), "valid_loss": nats / tokens}
         append_log(self.run.folder / "log.jsonl", line)
+        self.tell("validated", line)
         return line | {"valid_bytes": size}
 
     def save(self) -> None:
@@ -274,29 +331,57 @@ class Trainer:
         state = {"step": self.progress.step, "progress": asdict(self.progress)}
         save_checkpoint(self.run.checkpoint_folder, self.model, self.optimizer, state)
 
+    def tell(self, event: str, *news: Any) -> None: # the name of a `Watcher`'s method, and what it takes
+        "Let every watcher know. One that fails is left out from then on."
+        for watcher in list(self.watchers):
+            try:
+                getattr(watcher, event)(*news)
+            except Exception as error:
+                self.watchers.remove(watcher)
+                warnings.warn(f"{type(watcher).__name__} stops watching: {error or type(error).__name__}", stacklevel=2)
+
+    def note(self, kind: str,           # names the file, such as "samples"
+             line: dict[str, Any]       # plain values
+             ) -> None:
+        "Keep what a watcher found out in `<kind>.jsonl`, with the step, and let the others know."
+        line = {"step": self.progress.step} | line
+        append_log(self.run.folder / f"{kind}.jsonl", line)
+        self.tell("noted", kind, line)
+
+    def request(self, what: Literal["stop", "checkpoint"]) -> None:
+        "Ask for something from any thread; it is done after the step that is running."
+        self.requests.add(what)
+
     def fit(self) -> None:
         "Train to the end. Raises `Stopped` or `Diverged`."
-        bar = progress(None, "training", self.plan.steps, " steps", initial=self.progress.step, disable=not self.show_progress)
-        with bar, stop_signals() as stop:
+        self.tell("started", self)
+        with stop_signals() as stop:
             while self.progress.step < self.plan.steps:
+                self.tell("stepping")
                 self.step()
-                bar.update()
-                self._after_step(bar)
-                if stop() and self.progress.step < self.plan.steps:
-                    self.save()
-                    raise Stopped(f"stopped by {stop()} at step {self.progress.step} of {self.plan.steps}; "
-                                  f"saved in {self.run.folder}; the same command resumes it")
+                self.tell("stepped")
+                self._after_step()
+                self._answer(stop() or "request" * ("stop" in self.requests))
 
-    def _after_step(self, bar: Any) -> None:
+    def _after_step(self) -> None:
         step, last = self.progress.step, self.progress.step == self.plan.steps
         if last or step % self.config.train.log_every == 0:
-            line = self.log()
-            bar.set_postfix_str(f"loss {line['loss']:.3f}, {line['bpb']:.3f} bits/byte, {line['bytes_per_second'] / 1e3:.1f} kB/s, "
-                                f"MFU {line['mfu']:.0%}", refresh=False)
+            self.log()
         if not last and step % self.plan.eval_every == 0:
             self.validate()
         if last or step % self.plan.checkpoint_every == 0:
             self.save()
+
+    def _answer(self, stop: str) -> None: # who asks the run to stop, or ""
+        "Do what was asked for; at the end of the run it is done anyway."
+        if self.progress.step == self.plan.steps:
+            return
+        if stop or "checkpoint" in self.requests:
+            self.requests.discard("checkpoint")
+            self.save()
+        if stop:
+            raise Stopped(f"stopped by {stop} at step {self.progress.step} of {self.plan.steps}; "
+                          f"saved in {self.run.folder}; the same command resumes it")
 
     def finish(self) -> None:
         "Validate, save the model, and write metrics.json, which declares the run finished."
@@ -304,7 +389,9 @@ class Trainer:
         self.measure_patches()
         about = {"run": self.run.id, "valid_bpb": valid["valid_bpb"], "data": self.dataset.fingerprint}
         save_pretrained(self.run.model_folder, self.model, self.dataset.tokenizer, about)
-        write_json(self.run.folder / "metrics.json", self._metrics(valid))
+        metrics = self._metrics(valid)
+        write_json(self.run.folder / "metrics.json", metrics)
+        self.tell("finished", metrics)
 
     def _metrics(self, valid: dict[str, float]) -> dict[str, Any]:
         figures = self.account()
@@ -322,7 +409,8 @@ class Trainer:
 # %% ../../nbs/44_train.loop.ipynb #14e3ede3
 def train(config: RunConfig,                # everything that decides the result
           folder: str | Path | None = None, # the run's folder; None = runs/train/<id>
-          show_progress: bool = True        # a progress bar with loss, bits per byte, speed and time left
+          show_progress: bool = True,       # a progress bar with loss, bits per byte, speed and time left
+          watchers: Sequence[Watcher] = ()  # are told what happens; they do not change the result
           ) -> Run:                         # the finished run
     "Train a model, or resume, or return at once when the run is already finished. Raises `Stopped`, `Diverged`, `StlmError`."
     run = Run(folder or project_folder() / "runs" / "train" / config.id)
@@ -331,8 +419,12 @@ def train(config: RunConfig,                # everything that decides the result
     dataset = prepare(config.data, show_progress=show_progress)
     with locked(run):
         begin(run, config, describe() | {"data": dataset.fingerprint, "corpus": dataset.manifest["corpus"]})
-        trainer = Trainer(config, run, dataset, show_progress)
+        trainer = Trainer(config, run, dataset, show_progress, watchers)
         trainer.resume()
-        trainer.fit()
-        trainer.finish()
+        try:
+            trainer.fit()
+            trainer.finish()
+        except BaseException as error:
+            trainer.tell("failed", error)
+            raise
     return run
