@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['Sharing', 'Patcher', 'Encoder', 'Pool', 'Unpool', 'Decoder', 'Ffn', 'Norm', 'Positions', 'Schedule', 'Precision',
-           'Compile', 'PRESETS', 'ConfigError', 'SharingConfig', 'PatchConfig', 'ModelConfig', 'DataConfig',
-           'tokenizer_vocab_size', 'TrainConfig', 'RunConfig', 'coerce', 'to_dict', 'from_dict', 'to_yaml', 'from_yaml',
-           'override', 'all_fields', 'parse_overrides', 'preset']
+           'Compile', 'Nonfinite', 'PRESETS', 'ConfigError', 'SharingConfig', 'PatchConfig', 'ModelConfig',
+           'DataConfig', 'tokenizer_vocab_size', 'TrainConfig', 'RunConfig', 'coerce', 'to_dict', 'from_dict',
+           'to_yaml', 'from_yaml', 'override', 'all_fields', 'parse_overrides', 'preset']
 
 # %% ../nbs/01_config.ipynb #f2b5d2bb
 import copy
@@ -216,6 +216,7 @@ def tokenizer_vocab_size(name: str # as in `DataConfig.tokenizer`
 Schedule = Literal["cosine", "linear"]
 Precision = Literal["auto", "fp32", "bf16"]
 Compile = Literal["auto", "on", "off"]
+Nonfinite = Literal["stop", "skip"]
 
 
 @dataclass(frozen=True)
@@ -236,6 +237,7 @@ class TrainConfig:
     local_lr: float = 1.0            # factor of the learning rate in the encoder and decoder of patches
     loop_start: float = 0.0          # share of the steps after which looped layers begin to be run more than once
     clip: float = 1.0                # largest gradient norm; 0 = no clipping
+    nonfinite: Nonfinite = "stop"    # at a gradient that is not finite: end the run, or leave the step out (waits for the device each step)
     seed: int = 0                    # initial weights, order of the data, dropout
     device: str = "auto"             # auto, cpu, cuda, cuda:N, mps
     precision: Precision = "auto"    # auto = bf16 where the hardware is fast at it, else fp32
@@ -244,12 +246,14 @@ class TrainConfig:
     eval_every: int = 0              # steps between validations; 0 = ten in a run
     eval_bytes: int = 100_000        # raw bytes of validation text in each of them
     checkpoint_every: int = 0        # steps between checkpoints; 0 = ten in a run
+    keep: int = 2                    # newest checkpoints that stay, beside the one that was best in validation
 
     def __post_init__(self) -> None:
         _check_fields(self, "train")
         lengths = (self.steps, self.bytes)
         _require(min(lengths) == 0 < max(lengths), "train.steps, train.bytes", lengths, "exactly one of the two above 0")
         _require_each(self, "train.batch_size train.accumulation train.log_every train.eval_bytes", lambda v: v >= 1, "1 or more")
+        _require_each(self, "train.keep", lambda v: v >= 1, "1 or more")
         _require_each(self, "train.eval_every train.checkpoint_every train.seed", lambda v: v >= 0, "0 or more")
         _require_each(self, "train.weight_decay train.clip", lambda v: v >= 0, "0 or more")
         _require_each(self, "train.min_lr_ratio train.warmup train.cooldown train.loop_start", lambda v: 0 <= v <= 1, "0 to 1")
