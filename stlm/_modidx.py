@@ -870,6 +870,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '', 'doc_host': '', 'git_url
                                                                                         'stlm/train/distributed.py'),
                                         'stlm.train.distributed._Objective.forward': ( 'train.distributed.html#_objective.forward',
                                                                                        'stlm/train/distributed.py'),
+                                        'stlm.train.distributed._join': ('train.distributed.html#_join', 'stlm/train/distributed.py'),
                                         'stlm.train.distributed.averaged': ('train.distributed.html#averaged', 'stlm/train/distributed.py'),
                                         'stlm.train.distributed.connected': ( 'train.distributed.html#connected',
                                                                               'stlm/train/distributed.py'),

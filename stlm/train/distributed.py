@@ -136,15 +136,24 @@ def connected() -> Iterator[World]:
     if size == 1:
         yield World()
         return
-    dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo", timeout=PATIENCE, rank=rank, world_size=size)
     try:
+        _join(rank, size)
         yield World(rank, size, local)
     except RuntimeError as error:
         if isinstance(error, dist.DistError) or "gloo" in str(error).lower():
             raise StlmError("another process of this run ended early, and its error says why; the same command resumes the run") from error
         raise
     finally:
-        dist.destroy_process_group()
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+def _join(rank: int, size: int) -> None:
+    store, _, _ = next(dist.rendezvous("env://", rank, size, timeout=PATIENCE))
+    # `torchrun` keeps one store over all restarts: without names of their own, the living would find the addresses of the dead in it
+    store = dist.PrefixStore(f"{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)} restarts, {size} processes", store)
+    backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+    dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=PATIENCE)
 
 # %% ../../nbs/39_train.distributed.ipynb #1022f381
 def launch(arguments: list[str], # of the `stlm` command
