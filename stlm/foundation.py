@@ -90,13 +90,15 @@ def write_json(path: str | os.PathLike, # the file to create or replace
 
 # %% ../nbs/00_foundation.ipynb #c2eb75df
 @contextmanager
-def atomic_folder(path: str | os.PathLike # the folder to create or replace
-                  ) -> Iterator[Path]:    # the temporary folder to fill
+def atomic_folder(path: str | os.PathLike,       # the folder to create or replace
+                  unfinished: Path | None = None # what to fill and to keep on any error, on the same disk; None = a new folder, kept never
+                  ) -> Iterator[Path]:           # the temporary folder to fill
     "Fill a folder under a temporary name, then rename it to `path`; on any error `path` stays. Raises `StlmError` for a full disk."
     path = Path(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent))
+        temporary = unfinished or Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent))
+        temporary.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise _explain(error, path) from error
     try:
@@ -105,7 +107,8 @@ def atomic_folder(path: str | os.PathLike # the folder to create or replace
     except OSError as error:
         raise _explain(error, path) from error
     finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+        if not unfinished:
+            shutil.rmtree(temporary, ignore_errors=True)
 
 
 def _replace_folder(new: Path, path: Path) -> None:

@@ -10,7 +10,6 @@ import os
 import platform
 import resource
 import subprocess
-import sys
 import time
 from functools import cache
 from pathlib import Path

@@ -1,18 +1,23 @@
 "Corpora from real files of every kind, and from a hub that is not there."
 import gzip
+import itertools
 import json
 import lzma
 import os
 import time
 from pathlib import Path
 
+import datasets
 import pandas as pd
 import pytest
 import zstandard
 from huggingface_hub import HfApi, constants
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from stlm.config import DataConfig
-from stlm.data.corpora import SPLITS, Corpus, open_corpus, split_documents, split_of, texts
+from stlm.data import corpora
+from stlm.data.corpora import SPLITS, Corpus, SeenHashes, cut_lines, interleave, open_corpus, split_documents, split_of, texts
 from stlm.foundation import StlmError
 
 DOCUMENTS = [f"Document {i}.\n\nIt has \"quotes\", commas,\nan ünïcode word and 😀." for i in range(40)]
@@ -134,6 +139,129 @@ def test_the_hub_out_of_reach_is_one_quick_line(name, monkeypatch):
 
 def unreachable(*_, **__):
     raise ConnectionError("[Errno -2] Name or service not known")
+
+
+# The hub, played by a folder: `datasets` opens "me/stories" there by the same code
+
+
+@pytest.fixture
+def hub(tmp_path, monkeypatch):
+    "A data set of 3,000 rows in three files, in a hub that is within reach."
+    (tmp_path / "me" / "stories").mkdir(parents=True)
+    for number in range(3):
+        rows = {"text": [f"file {number}, row {row}, \u2028 {'ä' * (row % 50)}" for row in range(1000)]}
+        pd.DataFrame(rows).to_parquet(tmp_path / "me" / "stories" / f"{number}.parquet", row_group_size=90)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(HfApi, "dataset_info", lambda *_, **__: type("Info", (), {"sha": "abc"}))
+    monkeypatch.setattr(corpora, "PIECE_BYTES", 20_000)
+    return "hub:me/stories"
+
+
+def pieces(cache):
+    return sorted((cache / "corpora").glob("*/*.json.zst"))
+
+
+def refuse(*_, **__):
+    raise AssertionError("the network was asked")
+
+
+def test_rows_from_the_hub_are_fetched_once(hub, tmp_path, monkeypatch):
+    everything = read(hub)
+    assert len(everything) == 3000 and len(pieces(tmp_path / "cache")) > 3
+    monkeypatch.setattr(datasets, "load_dataset", refuse)
+    monkeypatch.setattr(HfApi, "dataset_info", unreachable)
+    assert read(hub) == everything
+
+
+@pytest.mark.parametrize("other_version", [False, True])
+def test_a_reader_who_leaves_early_loses_nothing(hub, tmp_path, monkeypatch, other_version):
+    "However often reading is broken off, the rows are the same, and none is fetched twice."
+    whole = [row for file in range(3) for row in pd.read_parquet(f"me/stories/{file}.parquet")["text"]]
+    for number, stop in enumerate([1, 300, 301, 1100, 2500, 2990]):
+        if other_version:
+            monkeypatch.setattr(corpora, "_datasets_version", lambda version=number: f"{version}")
+        assert list(itertools.islice(open_corpus(hub).documents(), stop)) == whole[:stop]
+    assert read(hub) == whole
+    stored = [file.name.split(".")[0].split("-") for file in pieces(tmp_path / "cache")]
+    assert all(int(stop) == int(start) for (_, stop), (start, _) in itertools.pairwise(stored))
+
+
+def test_a_network_that_fails_half_way(hub, tmp_path, monkeypatch):
+    load = datasets.load_dataset
+
+    def failing(*arguments, **options):
+        def rows():
+            yield from itertools.islice(load(*arguments, **options), 700)
+            raise ConnectionError("reset by peer")
+        return datasets.IterableDataset.from_generator(rows)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(datasets, "load_dataset", failing)
+        patched.setattr(corpora, "_datasets_version", lambda: "of the failing stream")
+        with pytest.raises(StlmError, match="reset by peer"):
+            read(hub)
+    assert pieces(tmp_path / "cache")
+    assert [text.split(",")[:2] for text in read(hub)] == [[f"file {file}", f" row {row}"] for file in range(3) for row in range(1000)]
+
+
+def test_a_damaged_piece_is_fetched_again(hub, tmp_path):
+    everything = read(hub)
+    for spoil in (lambda file: file.write_bytes(file.read_bytes()[:-9]), lambda file: file.write_bytes(b""), Path.unlink):
+        spoil(pieces(tmp_path / "cache")[2])
+        assert read(hub) == everything
+
+
+# Mixtures
+
+
+@settings(max_examples=60, deadline=None)
+@given(weights=st.lists(st.integers(1, 9), min_size=1, max_size=4), data=st.data())
+def test_shares_are_right_everywhere(weights, data):
+    streams = [data.draw(st.lists(st.text("aä", min_size=1, max_size=12), max_size=40)) for _ in weights]
+    shares = [weight / sum(weights) for weight in weights]
+    tagged = [[f"{number}{text}" for text in texts] for number, texts in enumerate(streams)]
+    mixed = list(interleave([iter(texts) for texts in tagged], shares))
+    taken = [0] * len(weights)
+    for text in mixed:
+        taken[int(text[0])] += len(text.encode())
+        assert all(abs(amount - share * sum(taken)) <= 25 * len(weights) for amount, share in zip(taken, shares, strict=True))
+    used = [[text for text in mixed if text[0] == str(number)] for number in range(len(weights))]
+    assert all(part == given[:len(part)] for part, given in zip(used, tagged, strict=True))
+    assert any(part == given for part, given in zip(used, tagged, strict=True)), "it ends with the first part that runs out"
+
+
+def test_a_mixture_is_a_corpus(folder):
+    (folder / "a.txt").write_text("\n\n".join(f"long text number {i}" for i in range(300)))
+    (folder / "b, c.txt").write_text("\n\n".join(f"text {i}" for i in range(300)))
+    name = f"mix:3*file:{folder}/a.txt,1*file:{folder}/b, c.txt"
+    config = DataConfig(corpus=name, max_bytes=4000)
+    documents = [text for _, text in split_documents(open_corpus(name), config)]
+    assert documents == [text for _, text in split_documents(open_corpus(name), config)]
+    assert sum(len(text) for text in documents if "long" in text) / sum(map(len, documents)) == pytest.approx(0.75, abs=0.01)
+    before = open_corpus(name).fingerprint
+    assert before != open_corpus(name.replace("3*", "4*")).fingerprint
+    (folder / "a.txt").write_text("other")
+    assert before != open_corpus(name).fingerprint
+    with pytest.raises(StlmError, match="nowhere"):
+        open_corpus(f"mix:1*file:{folder}/a.txt,1*file:/nowhere.txt")
+
+
+# As large as it may be
+
+
+def test_numbers_on_disk_are_a_set():
+    numbers = [hash(("number", i % 7000)) % 2 ** 64 for i in range(20_000)] + [0, 0, 2 ** 64 - 1, 2 ** 64 - 2, 2 ** 64 - 1]
+    table, reference = SeenHashes(), set()
+    for number in numbers:
+        assert table.add(number) == (number not in reference)
+        reference.add(number)
+
+
+def test_a_file_without_separators_is_cut(monkeypatch):
+    monkeypatch.setattr(corpora, "LONGEST_DOCUMENT", 1000)
+    lines = [f"line {i}\n" for i in range(500)]
+    found = list(cut_lines(lines, lambda line: not line.strip()))
+    assert "\n".join(found) + "\n" == "".join(lines) and max(map(len, found)) < 1020 and len(found) == 5
 
 
 def test_splits_stay_when_the_corpus_grows(folder):

@@ -1,5 +1,6 @@
 """Prepared data under attack: killed builds, damaged files, rivals, and an order that must not depend on who asks."""
 
+import json
 import os
 import random
 import shutil
@@ -19,13 +20,19 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from stlm.config import DataConfig
-from stlm.data.batches import Batches, random_order, windows_in_order
+from stlm.data import batches as batches_module
+from stlm.data import shards
+from stlm.data.batches import LARGEST_SORT, Batches, computed_order, random_order, windows_in_order
 from stlm.data.corpora import SPLITS, open_corpus, split_documents
 from stlm.data.shards import TokenSplit, find_damage, prepare, write_splits
-from stlm.data.tokenizers import open_tokenizer
+from stlm.data.tokenizers import ByteTokenizer, open_tokenizer
 from stlm.foundation import StlmError
 
-PREPARE = "import sys; from stlm.config import DataConfig; from stlm.data.shards import prepare; prepare(DataConfig(**eval(sys.argv[1])))"
+PREPARE = """import sys
+from stlm.config import DataConfig
+from stlm.data import shards
+shards.COMMIT_CHUNKS = 2
+shards.prepare(DataConfig(**eval(sys.argv[1])))"""
 
 
 @pytest.fixture
@@ -63,17 +70,20 @@ def litter(cache):
 # Killed at any moment
 
 
-def kill_while_building(values, cache, rng):
-    "Start a build in another process, kill it a moment after its first file appears; how far it had come, and its workers."
-    process = start_prepare(values)
-    while process.poll() is None and not list((cache / "data").glob(".*.tmp")):
+def wait_for_work(process, cache):
+    while process.poll() is None and not list((cache / "data").glob(".*.work")):
         time.sleep(0.01)
+
+
+def kill_while_building(values, cache, rng):
+    "Start a build in another process, kill it a moment after its first file appears; its workers."
+    process = start_prepare(values)
+    wait_for_work(process, cache)
     time.sleep(rng.uniform(0, 3))
     workers = psutil.Process(process.pid).children(recursive=True) if process.poll() is None else []
-    written = sum(path.stat().st_size for path in (cache / "data").glob(".*.tmp/train-*"))
     process.kill()
     process.communicate()
-    return written, workers
+    return workers
 
 
 def test_killed_build_leaves_nothing_to_mistake(cache, corpus):
@@ -84,7 +94,7 @@ def test_killed_build_leaves_nothing_to_mistake(cache, corpus):
     rng = random.Random(0)
     for _ in range(3):
         shutil.rmtree(calm, ignore_errors=True)
-        _, workers = kill_while_building(settings_for(corpus, "bpe:512"), cache, rng)
+        workers = kill_while_building(settings_for(corpus, "bpe:512"), cache, rng)
         assert not calm.exists() or not find_damage(calm, show_progress=False)
         _, alive = psutil.wait_procs(workers, timeout=10)
         assert not alive, "workers outlived their master"
@@ -93,15 +103,152 @@ def test_killed_build_leaves_nothing_to_mistake(cache, corpus):
     assert litter(cache) == []
 
 
-def test_ctrl_c_leaves_nothing(cache, corpus):
-    process = start_prepare(settings_for(corpus, "bpe:512"))
-    while process.poll() is None and not list((cache / "data").glob(".*.tmp")):
-        time.sleep(0.01)
+def test_ctrl_c_leaves_nothing_to_mistake(cache, corpus):
+    values = settings_for(corpus, "bpe:512")
+    process = start_prepare(values)
+    wait_for_work(process, cache)
     time.sleep(1)
     process.send_signal(signal.SIGINT)
     _, errors = process.communicate(timeout=30)
     assert process.returncode != 0 and "KeyboardInterrupt" in errors
-    assert litter(cache) == [] and not list((cache / "data").glob("*/manifest.json"))
+    assert not list((cache / "data").glob("*/manifest.json"))
+    assert not find_damage(prepare(DataConfig(**values), show_progress=False).folder) and litter(cache) == []
+
+
+# Going on
+
+
+class Interrupted(Exception):
+    pass
+
+
+class CountingTokenizer(ByteTokenizer):
+    "Bytes, and how many chunks have been asked for."
+    asked = 0
+
+    def encode_batch(self, documents):
+        self.asked += 1
+        return super().encode_batch(documents)
+
+
+@pytest.fixture(scope="session")
+def documents():
+    return [(SPLITS[turn % 7 % 3], f"{turn}: {text}") for turn in range(2) for text in topics.values()]
+
+
+@pytest.fixture
+def small_chunks(monkeypatch):
+    "Many chunks and frequent notes in the journal."
+    monkeypatch.setattr(shards, "CHUNK_BYTES", 5_000)
+    monkeypatch.setattr(shards, "COMMIT_CHUNKS", 3)
+
+
+def write(folder, documents, tokenizer):
+    (folder / "data").mkdir(parents=True, exist_ok=True)
+    return write_splits(folder / "data", documents, tokenizer, False, shard_tokens=70_000, workers=0, journal_path=folder / "journal.json")
+
+
+def unfinished(folder):
+    "Files of symbols and offsets that the journal does not call finished."
+    written = json.loads((folder / "journal.json").read_text())["written"] if (folder / "journal.json").exists() else {}
+    finished = {name for split in written.values() for name in split["files"]}
+    return [path for path in (folder / "data").glob("*.bin") if path.name not in finished]
+
+
+def until(documents, stop):
+    yield from documents[:stop]
+    raise Interrupted
+
+
+def test_interrupted_anywhere_the_bytes_are_the_same(tmp_path, documents, small_chunks):
+    "Broken off at twelve random places in a row, and never more is done again than since the last note."
+    expected, rng = write(tmp_path / "calm", documents, ByteTokenizer()), random.Random(1)
+    tokenizer, n_chunks = CountingTokenizer(), len(list(shards.chunks(documents)))
+    for stop in sorted(rng.sample(range(len(documents)), 12)):
+        with pytest.raises(Interrupted):
+            write(tmp_path / "torn", until(documents, stop), tokenizer)
+        for file in unfinished(tmp_path / "torn"):  # a crash of the machine may leave anything behind the synced part
+            file.write_bytes(file.read_bytes() + b"garbage")
+    assert write(tmp_path / "torn", documents, tokenizer) == expected
+    assert content(tmp_path / "torn" / "data") == content(tmp_path / "calm" / "data")
+    assert n_chunks < tokenizer.asked < n_chunks + 12 * shards.COMMIT_CHUNKS < 2 * n_chunks
+
+
+@pytest.mark.parametrize("spoil", [
+    lambda folder: (folder / "journal.json").write_text("{"),
+    lambda folder: (folder / "journal.json").write_text('{"layout": [1, 2, 3], "chunks": 1, "written": {}}'),
+    lambda folder: truncate(folder / "data" / "train.offsets.bin"),
+    lambda folder: (folder / "data" / "train-00000.bin").unlink(),
+    lambda folder: shutil.rmtree(folder / "data")], ids=["torn journal", "other layout", "short file", "missing file", "no files"])
+def test_an_attempt_that_is_not_whole_is_begun_again(tmp_path, documents, small_chunks, spoil):
+    write(tmp_path / "calm", documents, ByteTokenizer())
+    with pytest.raises(Interrupted):
+        write(tmp_path / "torn", until(documents, 600), ByteTokenizer())
+    spoil(tmp_path / "torn")
+    write(tmp_path / "torn", documents, ByteTokenizer())
+    assert content(tmp_path / "torn" / "data") == content(tmp_path / "calm" / "data")
+
+
+def test_other_text_is_not_mixed_in(tmp_path, documents, small_chunks):
+    with pytest.raises(Interrupted):
+        write(tmp_path, until(documents, 600), ByteTokenizer())
+    with pytest.raises(StlmError, match="start again"):
+        write(tmp_path, documents[1:], ByteTokenizer())
+    assert write(tmp_path, documents[1:], ByteTokenizer())["splits"]["train"]["documents"]
+
+
+def test_a_kill_late_in_the_work_loses_little(cache, corpus):
+    "Kill -9 once the journal exists: the next attempt does not begin at the beginning."
+    values = settings_for(corpus, "bpe:512")
+    process = start_prepare(values)
+    while process.poll() is None and not list((cache / "data").glob(".*.work/journal.json")):
+        time.sleep(0.005)
+    process.kill()
+    process.communicate()
+    [journal] = (cache / "data").glob(".*.work/journal.json")
+    [train] = (cache / "data").glob(".*.work/data/train-00000.bin")
+    begun = train.stat().st_ino
+    folder = prepare(DataConfig(**values), show_progress=False).folder
+    assert (folder / train.name).stat().st_ino == begun and not journal.exists() and not find_damage(folder)
+
+
+# As large as it may be
+
+
+@pytest.mark.parametrize("size, allowed", [(1, 3), (4, 1)])
+def test_little_text_is_under_way(tmp_path, size, allowed):
+    "Reading does not run ahead of the workers, and long documents fill no more of the memory than short ones."
+    taken = 0
+
+    def batches():
+        nonlocal taken
+        for _ in range(60):
+            taken += 1
+            yield "train", ["x" * size * shards.CHUNK_BYTES]
+
+    ByteTokenizer().save(tmp_path)
+    for done, _ in enumerate(shards.encode_all(batches(), ByteTokenizer(), tmp_path, workers=1)):
+        assert taken <= max(shards.FEW_CHUNKS, done + 1 + allowed)
+    assert taken == done + 1 == 60
+
+MANY_DOCUMENTS = """import sys, tempfile
+from pathlib import Path
+from stlm.config import DataConfig
+from stlm.data.corpora import Corpus, split_documents
+from stlm.data.shards import write_splits
+from stlm.data.tokenizers import ByteTokenizer
+
+corpus = Corpus("many", "0", {}, lambda: (f"This is document number {i} of many." for i in range(int(sys.argv[1]))))
+with tempfile.TemporaryDirectory() as folder:
+    write_splits(Path(folder), split_documents(corpus, DataConfig()), ByteTokenizer(), False)
+print(Path("/proc/self/status").read_text().partition("VmHWM:")[2].split()[0])"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="/proc tells the peak of memory")
+def test_memory_does_not_grow_with_the_corpus(cache):
+    "Twelve bytes kept for each document would show as 4 MB, the texts as 25."
+    peaks = [int(subprocess.check_output([sys.executable, "-c", MANY_DOCUMENTS, str(count)])) / 1024 for count in (150_000, 450_000)]
+    assert peaks[1] - peaks[0] < 3, peaks
 
 
 def test_rivals_both_end_well(cache, corpus):
@@ -117,8 +264,7 @@ def test_rivals_both_end_well(cache, corpus):
 def test_a_living_builder_is_left_alone(cache, corpus):
     "Cleaning up must not delete the temporary folder of another build that is still at work."
     builder = start_prepare(settings_for(corpus, "bpe:512"))
-    while builder.poll() is None and not list((cache / "data").glob(".*.tmp")):
-        time.sleep(0.01)
+    wait_for_work(builder, cache)
     prepare(DataConfig(**settings_for(corpus, "bytes")), show_progress=False)
     _, errors = builder.communicate(timeout=120)
     assert builder.returncode == 0, errors
@@ -239,6 +385,35 @@ def test_the_order_does_not_depend_on_who_asks(n_tokens, context, batch_size, se
     assert torch.equal(torch.cat([share.inputs for share in shares]), whole.inputs)
     assert torch.equal(torch.cat([share.targets for share in shares]), whole.targets)
     assert torch.equal(whole.targets, whole.inputs + 1) and torch.equal(batches.batch(0).inputs, before)
+
+
+@settings(max_examples=60, deadline=None)
+@given(n=st.integers(1, 3000), seed=st.integers(0, 2 ** 32), epoch=st.integers(0, 100))
+def test_a_computed_order_visits_every_place_once(n, seed, epoch):
+    order = computed_order(np.arange(n), n, seed, epoch)
+    assert sorted(order.tolist()) == list(range(n))
+    assert order[n // 2] == computed_order(np.array([n // 2]), n, seed, epoch)[0]
+
+
+def test_a_computed_order_looks_random():
+    "Neighbours, fixed points and repeats between epochs are as rare as chance has them."
+    n = 100_000
+    first, second = (computed_order(np.arange(n), n, 3, epoch) for epoch in (0, 1))
+    assert (first == second).sum() < 12 and (first == np.arange(n)).sum() < 12 and (np.abs(np.diff(first)) == 1).sum() < 20
+    assert abs(np.corrcoef(first, np.arange(n))[0, 1]) < 0.015 and abs(np.corrcoef(first[1:], first[:-1])[0, 1]) < 0.015
+    counts = np.histogram(first[:n // 10], 20)[0]  # the first tenth of an epoch comes from everywhere
+    assert ((counts - n / 200) ** 2 / (n / 200)).sum() < 44  # chi squared with 19 degrees of freedom: one in a thousand
+
+
+def test_a_hundred_million_windows_need_no_memory(monkeypatch):
+    "Batches of a stream of 10^11 symbols, and the same properties where order is computed for a small one."
+    batches = Batches(Stream(10 ** 11), 1000, 8, 0)
+    assert batches.n_windows > LARGEST_SORT and not batches._orders
+    assert len(set(np.concatenate([batches.windows(step) for step in (0, 1, 10 ** 9)]).tolist())) == 24
+    monkeypatch.setattr(batches_module, "LARGEST_SORT", 10)
+    small = Batches(Stream(1001), 10, 16, 0)
+    visited = np.concatenate([small.windows(step) for step in range(25)])
+    assert all(sorted(visited[epoch * 100:(epoch + 1) * 100]) == list(range(100)) for epoch in range(4))
 
 
 @settings(max_examples=60, deadline=None)

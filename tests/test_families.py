@@ -59,7 +59,8 @@ class Family:
         torch.manual_seed(0)
         model = LanguageModel(replace(self.config, **changes))
         for name, parameter in model.named_parameters():
-            if name.endswith((".b.weight", "iterations")) or (name.startswith("body.patcher.") and parameter.ndim > 1):
+            threshold = name.endswith("threshold")
+            if not (threshold or parameter.any()) or (name.startswith("body.patcher.") and parameter.ndim > 1):
                 torch.nn.init.normal_(parameter, std=0.2)
         return model.eval()
 
@@ -68,7 +69,8 @@ def config_of(number: int, plan: str, tokenizer: str, **switches) -> ModelConfig
     "What is not asked for comes and goes with the number, in steps that share no divisor, so that it meets everything else."
     sizes = dict(n_layers=3, d_model=24, n_heads=3, d_ff=32, init_std=0.2)
     changing = dict(n_kv_heads=1 + 2 * (number % 3 // 2), qk_norm=number % 19 < 6, tied_head=number % 23 < 15,
-                    norm=("rmsnorm", "layernorm")[number % 29 // 20])
+                    norm=("rmsnorm", "layernorm")[number % 29 // 20], zero_init=number % 43 < 15, embedding_norm=number % 67 < 25,
+                    residual_scalars=number % 53 < 25, value_residual=number % 59 < 30, logit_softcap=6.0 * (number % 61 < 20))
     return ModelConfig(vocab_size=open_tokenizer(tokenizer).vocab_size, context=T, sharing=PLANS[plan], **(sizes | changing | switches))
 
 
@@ -126,6 +128,8 @@ def test_the_families_are_all_there_are_and_what_is_spread_over_them_meets_every
             assert {config.sharing for config in having} == set(PLANS.values()), (key, value)
             assert {config.patches.ngram > 0 for config in having} == {config.qk_norm for config in having} == {True, False}, (key, value)
             assert {config.patches.max_size > 0 for config in having} >= {True}, (key, value)
+            for switch in ("zero_init", "embedding_norm", "residual_scalars", "value_residual", "logit_softcap"):
+                assert {bool(getattr(config, switch)) for config in having} == {True, False}, (key, value, switch)
             assert value == "gate" or {config.patches.position for config in having} == {True, False}, (key, value)
     assert {(c.positions, c.sharing) for c in (f.config for f in POOLED)} == set(itertools.product(get_args(Positions), PLANS.values()))
 

@@ -4,12 +4,16 @@ import itertools
 import math
 from typing import get_args
 
+import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from stlm.config import Ffn, ModelConfig, Norm, Positions, Sharing, SharingConfig
+from stlm.config import Ffn, ModelConfig, Norm, PatchConfig, Positions, Sharing, SharingConfig
 from stlm.foundation import StlmError
+from stlm.infer.generate import Sampling, steps
+from stlm.infer.scoring import token_logprobs
 from stlm.model.accounting import account
 from stlm.model.lm import LanguageModel
 
@@ -19,6 +23,12 @@ COMBINATIONS = [
     dict(n_kv_heads=n_kv_heads, positions=positions, norm=norm, ffn=ffn, qk_norm=number % 7 < 4, tied_head=number % 11 < 6)
     for number, (n_kv_heads, positions, norm, ffn) in enumerate(itertools.product(
         (1, 3, 6), get_args(Positions), get_args(Norm), get_args(Ffn)))
+] + [
+    # the switches: each alone, each with a shared and looped stack, and all together
+    switches | sharing for sharing in ({}, dict(n_layers=5, sharing=SharingConfig("all", "cycle", lora_rank=2, loop_layers=5)))
+    for switches in (dict(zero_init=True), dict(embedding_norm=True, positions="learned"), dict(residual_scalars=True),
+                     dict(value_residual=True), dict(value_residual=True, n_kv_heads=6, positions="alibi"), dict(logit_softcap=5.0),
+                     dict(zero_init=True, embedding_norm=True, residual_scalars=True, value_residual=True, logit_softcap=5.0))
 ] + [
     # every pattern of both parts; everything else of sharing comes and goes beside it in steps that share no divisor
     dict(sharing=SharingConfig(ffn, attention, times=2 + number % 2, free_ends=number % 3 // 2, lora_rank=number % 4, lora_scale=2.0,
@@ -37,8 +47,8 @@ def small_model(**switches) -> LanguageModel:
     # six heads: no power of two, so that ALiBi's second series of slopes takes part; large weights, so that everything matters
     sizes = dict(vocab_size=V, context=T, n_layers=2, d_model=24, n_heads=6, d_ff=32, init_std=0.2)
     model = LanguageModel(ModelConfig(**(sizes | dict(n_kv_heads=2) | switches)))
-    for name, parameter in model.named_parameters():
-        if name.endswith((".b.weight", "iterations")):  # they start at zero, where they would have no part in anything
+    for parameter in model.parameters():
+        if not parameter.any():  # they start at zero, where they would have no part in anything
             torch.nn.init.normal_(parameter, std=0.2)
     return model
 
@@ -106,6 +116,7 @@ def test_random_symbols_cost_no_less_than_chance(positions, norm):
 
 @torch.no_grad()
 @pytest.mark.parametrize("switches", [{}, dict(qk_norm=True), dict(positions="alibi"), dict(norm="layernorm", ffn="gelu"),
+                                      dict(embedding_norm=True, residual_scalars=True, value_residual=True, logit_softcap=5.0),
                                       dict(n_layers=4, sharing=SHARED, embedding_rank=8)], ids=str)
 def test_bfloat16_stays_causal_and_close(switches):
     model, ids = small_model(**switches).eval(), random_ids(1, T)
@@ -168,6 +179,50 @@ def test_corrections_are_for_shared_networks_alone_and_begin_without_effect():
     assert torch.equal(model(random_ids(2, T)), plain(random_ids(2, T)))
 
 
+def test_what_is_switched_off_draws_the_same_weights():
+    """Scalars and zeros come after all random numbers: a switch changes what it is about, and no other weight."""
+    torch.manual_seed(0)
+    sizes = dict(vocab_size=V, context=T, n_layers=3, d_model=24, n_heads=6, n_kv_heads=2, d_ff=32)
+    plain = LanguageModel(ModelConfig(**sizes)).state_dict()
+    for switch in ("zero_init", "embedding_norm", "residual_scalars", "value_residual"):
+        torch.manual_seed(0)
+        other = LanguageModel(ModelConfig(**sizes, **{switch: True})).state_dict()
+        different = {name for name in other if name not in plain or not torch.equal(other[name], plain[name])}
+        assert different and all(other[name].ndim < 2 or not other[name].any() for name in different), switch
+
+
+@torch.no_grad()
+def test_no_logit_exceeds_the_cap_wherever_logits_come_from():
+    capped, ids = small_model(logit_softcap=0.5).eval(), random_ids(2, T)
+    plain = small_model().eval()  # the same weights
+    expected = 0.5 * torch.tanh(plain(ids) / 0.5)
+    torch.testing.assert_close(capped(ids), expected)
+    assert plain(ids).abs().max() > 0.6
+    nats = F.cross_entropy(expected[:, :-1].flatten(0, 1), ids[:, 1:].flatten(), reduction="none").view(2, -1)
+    torch.testing.assert_close(capped.nll(ids[:, :-1], ids[:, 1:]), nats)
+    scored = token_logprobs(capped, ids.tolist(), [1, 1])
+    torch.testing.assert_close(torch.tensor(np.stack(scored)), -nats)
+    written = list(steps(capped, ids[0, :4].tolist(), Sampling(max_tokens=4, seed=0), eot_id=-1))
+    whole = [*ids[0, :4].tolist(), *(step.symbol for step in written)]
+    again = token_logprobs(capped, [whole], [4])[0]
+    np.testing.assert_allclose([step.logprob for step in written], again, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("patches", [{}, dict(patches=PatchConfig(patcher="gate", d_local=16, n_heads=2, d_ff=24, window=8))], ids=str)
+def test_z_loss_is_added_to_what_is_descended_on_and_not_to_the_nats(patches):
+    model, ids = small_model(logit_softcap=5.0, **patches), random_ids(2, T + 1)
+    inputs, targets = ids[:, :-1], ids[:, 1:]
+    loss, nats = model.objective(inputs, targets)
+    with_z, same_nats = model.objective(inputs, targets, z_loss=0.1)
+    assert torch.equal(nats, same_nats)
+    torch.testing.assert_close(with_z - loss, 0.1 * model(inputs).logsumexp(-1).square().mean(), rtol=1e-4, atol=1e-5)
+    before = model(inputs).logsumexp(-1).square().mean()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
+    (with_z - loss).backward()
+    optimizer.step()
+    assert model(inputs).logsumexp(-1).square().mean() < before
+
+
 @torch.no_grad()
 def test_too_long_an_input_is_one_clear_line():
     model = small_model()
@@ -196,7 +251,8 @@ def test_the_attention_weights_are_never_stored():
 
 @pytest.mark.parametrize("positions", get_args(Positions))
 def test_the_model_is_one_graph_for_the_compiler(positions):
-    model, ids = small_model(positions=positions, qk_norm=True, n_layers=4, sharing=SHARED), random_ids(2, T)
+    switches = dict(embedding_norm=True, residual_scalars=True, value_residual=True, logit_softcap=5.0)
+    model, ids = small_model(positions=positions, qk_norm=True, n_layers=4, sharing=SHARED, **switches), random_ids(2, T)
     torch.compiler.reset()  # each test compiles anew; without this, PyTorch gives up after eight
     compiled = torch.compile(model.nll, fullgraph=True, backend="eager")  # raises where the graph would break
     for on in (False, True):

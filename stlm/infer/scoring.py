@@ -13,7 +13,6 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from ..data.tokenizers import Tokenizer
@@ -83,7 +82,7 @@ def _pick(model: LanguageModel,
     n_rows = max(1, _LOGITS_IN_CHUNK // model.config.vocab_size)
     logprobs, greedy = [], []
     for vectors, target in zip(hidden.split(n_rows), targets.split(n_rows), strict=True):
-        logits = F.linear(vectors, model.head_weight).float()  # (n, V)
+        logits = model.logits(vectors).float()  # (n, V)
         logprobs.append(logits.gather(1, target[:, None])[:, 0] - logits.logsumexp(1))
         greedy.append(logits.argmax(1) == target)
     return torch.cat(logprobs), torch.cat(greedy)

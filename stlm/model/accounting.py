@@ -40,7 +40,7 @@ class Account:
     head_parameters: int             # the part of those in the head: its matrix where it is not tied, and the projection before it
     attention_parameters: int        # query, key, value and output matrices as stored, with corrections
     ffn_parameters: int              # feed-forward matrices as stored, with corrections
-    norm_parameters: int             # gains, and the vectors that mark the passes of a loop
+    norm_parameters: int             # gains, scalars of layers, and the vectors that mark the passes of a loop
     local_parameters: int            # of a pooled model: encoder, decoder, and what joins them to the stack; the segmenter's too
     bytes_per_token: float           # raw UTF-8 bytes that a symbol stands for on average
     symbols_per_patch: float         # symbols for which the stack runs once; 1 in a flat model
@@ -86,18 +86,23 @@ def _executed(config: ModelConfig, part: _Part, looping: bool) -> int: # the sam
     return len(layers) * _network(config, part) + corrected * _correction(config, part)
 
 # %% ../../nbs/29_model.accounting.ipynb #3fb7c658
-def _vectors(config: ModelConfig, n_layers: int, n_attentions: int) -> int: # of so many layers and attention networks, with the final norm
+def _vectors(config: ModelConfig, blocks: list[int], n_attentions: int) -> int: # of blocks, attention networks, and the stack's two ends
     further_passes = (config.sharing.loops - 1) * config.d_model if config.sharing.loop_layers else 0
-    return (2 * n_layers + 1) * config.d_model + (2 * n_attentions * config.d_head if config.qk_norm else 0) + further_passes
+    gains = (2 * len(blocks) + 1 + config.embedding_norm) * config.d_model + (2 * n_attentions * config.d_head if config.qk_norm else 0)
+    return gains + further_passes + _scalars(config, blocks)
+
+
+def _scalars(config: ModelConfig, blocks: list[int]) -> int: # two for each block, and one for each but the first
+    return 2 * config.residual_scalars * len(blocks) + config.value_residual * sum(block > 0 for block in blocks)
 
 
 def executed_parts(config: ModelConfig,  # `vocab_size` does not matter
                    looping: bool = True  # whether loops run
                    ) -> dict[str, int]:  # attention, ffn, norm
     "Parameters of the stack, those that a layer uses counted each time it runs."
-    n_layers = len(plan(config, looping))
+    blocks = [layer.block for layer in plan(config, looping)]
     return {"attention": _executed(config, "attention", looping), "ffn": _executed(config, "ffn", looping),
-            "norm": _vectors(config, n_layers, n_layers)}
+            "norm": _vectors(config, blocks, len(blocks))}
 
 
 def _vocabulary(config: ModelConfig) -> tuple[int, int]: # matrices on the side of the embedding, and of the head
@@ -105,7 +110,8 @@ def _vocabulary(config: ModelConfig) -> tuple[int, int]: # matrices on the side 
         return _byte_embedding(config), 0 if config.tied_head else config.vocab_size * config.patches.d_local
     rank = config.embedding_rank
     matrix, projection = config.vocab_size * (rank or config.d_model), rank * config.d_model
-    return matrix + projection, projection + (0 if config.tied_head else matrix)
+    ngrams = config.ngram_buckets * config.d_model if config.ngram else 0
+    return matrix + projection + ngrams, projection + (0 if config.tied_head else matrix)
 
 
 def _byte_embedding(config: ModelConfig) -> int: # bytes, hashed n-grams, positions in the patch
@@ -120,7 +126,7 @@ def _parameters(config: ModelConfig, looping: bool) -> dict[str, int]:
     parts = dict(embedding_parameters=embedding + positions + head,
                  attention_parameters=_stored(config, "attention"),
                  ffn_parameters=_stored(config, "ffn"),
-                 norm_parameters=_vectors(config, config.n_layers, len(users(plan(config), "attention"))),
+                 norm_parameters=_vectors(config, [*range(config.n_layers)], len(users(plan(config), "attention"))),
                  local_parameters=_local_parameters(config) if config.is_pooled else 0)
     executed = parts["embedding_parameters"] + parts["local_parameters"] + sum(executed_parts(config, looping).values())
     return dict(unique_parameters=sum(parts.values()), executed_parameters=executed, head_parameters=head, **parts)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from ..config import ModelConfig
 from ..foundation import StlmError
-from .layers import make_norm, product
+from .layers import Joined, make_norm, product
 from .positions import Positions
 
 # %% ../../nbs/22_model.attention.ipynb #dc32930c
@@ -29,6 +29,7 @@ class KVCache:
         self.keys = torch.zeros(shape, device=device, dtype=dtype)
         self.values = torch.zeros(shape, device=device, dtype=dtype)
         self.length = 0  # symbols read so far
+        self.recent: Tensor | None = None  # (B, …) the last of them, for models that look them up again
 
     def append(self, layer: int,           # which executed layer, counted from 0
                keys: Tensor,               # (B, n_kv_heads, T, d_head)
@@ -44,6 +45,14 @@ class KVCache:
                 ) -> None:
         "Count symbols as read, once for all layers."
         self.length += symbols
+
+    def remember(self, ids: Tensor, # (B, T) new symbols
+                 before: int        # how many older ones are wanted, at least 1
+                 ) -> Tensor:       # (B, up to before + T) the last of the older ones, and the new ones
+        "Keep the last symbols until the next call."
+        known = ids if self.recent is None else torch.cat([self.recent, ids], dim=1)
+        self.recent = known[:, -before:]
+        return known
 
     def require_room(self, ids: Tensor # (B, T) about to be read
                      ) -> None:
@@ -79,10 +88,12 @@ def reads_groups(q: Tensor,          # queries
 
 class Attention(nn.Module):
     "Causal grouped-query attention (Ainslie et al., 2023) that never stores the attention weights."
+    writes = ("out",)  # into the residual stream
+
     def __init__(self, config: ModelConfig): # `d_model`, `n_heads`, `n_kv_heads` and `qk_norm` decide
         super().__init__()
         self.n_heads, self.n_kv_heads, self.d_head = config.n_heads, config.n_kv_heads, config.d_head
-        self.qkv = nn.Linear(config.d_model, (config.n_heads + 2 * config.n_kv_heads) * config.d_head, bias=False)
+        self.qkv = Joined(config.d_model, *(n * config.d_head for n in (config.n_heads, config.n_kv_heads, config.n_kv_heads)))
         self.out = nn.Linear(config.d_model, config.d_model, bias=False)
         self.query_norm = make_norm(config, config.d_head) if config.qk_norm else None
         self.key_norm = make_norm(config, config.d_head) if config.qk_norm else None
@@ -92,17 +103,20 @@ class Attention(nn.Module):
                 mask: Tensor | None = None,     # boolean (T, start + T) or float (1, n_heads, T, start + T); None = causal
                 cache: KVCache | None = None,   # what was read before
                 layer: int = 0,                 # this layer's slot in the cache
-                lora: nn.ModuleDict | None = None # a layer's own corrections to the matrices
-                ) -> Tensor:                    # (B, T, d_model)
-        "What each position reads from itself and the positions before it."
+                lora: nn.ModuleDict | None = None, # a layer's own corrections to the matrices
+                first: Tensor | None = None,    # (B, n_kv_heads, T, d_head) values of the first layer, to be mixed in
+                share: Tensor | None = None     # (), their share
+                ) -> tuple[Tensor, Tensor]:     # (B, T, d_model); (B, n_kv_heads, T, d_head) the layer's own values
+        "What each position reads from itself and the positions before it, and the values that it offers to later ones."
         start = cache.length if cache is not None else 0
-        q, k, v = self._heads(product(self, "qkv", x, lora), positions, start)
+        q, k, own = self._heads(product(self, "qkv", x, lora), positions, start)
+        v = own if first is None or share is None else (1 - share) * own + share * first
         if cache is not None:
             k, v = cache.append(layer, k, v)  # (B, n_kv_heads, start + T, d_head)
         if mask is not None and mask.dtype != torch.bool:
             mask = mask.to(q.dtype)
         read = self._attend(q, k, v, mask, causal=mask is None and start == 0)  # (B, n_heads, T, d_head)
-        return product(self, "out", read.transpose(1, 2).flatten(2), lora)
+        return product(self, "out", read.transpose(1, 2).flatten(2), lora), own
 
     def _attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool) -> Tensor: # (B, n_heads, T, d_head)
         if not reads_groups(q, mask):

@@ -34,10 +34,11 @@ class Block(nn.Module):
                 attention: nn.Module,      # the network that the plan names for this layer
                 ffn: nn.Module,            # the same
                 attention_options: dict    # what `Attention.forward` takes beside x
-                ) -> Tensor:               # (B, T, d_model)
+                ) -> tuple[Tensor, Tensor]: # (B, T, d_model); (B, n_kv_heads, T, d_head) attention's values
         "Add attention, then the feed-forward network."
-        x = x + self.dropout(attention(self.attention_norm(x), lora=self.attention_lora, **attention_options))
-        return x + self.dropout(ffn(self.ffn_norm(x), self.ffn_lora))
+        read, values = attention(self.attention_norm(x), lora=self.attention_lora, **attention_options)
+        x = x + self.dropout(read)
+        return x + self.dropout(ffn(self.ffn_norm(x), self.ffn_lora)), values
 
 # %% ../../nbs/24_model.core.ipynb #9f9248f0
 class Core(nn.Module):
@@ -54,6 +55,15 @@ class Core(nn.Module):
         looped, further = config.sharing.loop_layers, config.sharing.loops - 1
         self.iterations = nn.Parameter(torch.zeros(further, config.d_model)) if looped else None
         self.norm = make_norm(config)
+        self._add_switches(config)
+
+    def _add_switches(self, config: ModelConfig) -> None:
+        "What is there only where the configuration asks for it, with the start of the scalars."
+        n, further = config.n_layers, config.n_layers - 1
+        self.embedding_norm = make_norm(config) if config.embedding_norm else None
+        self.stream_scales = nn.Parameter(torch.ones(n)) if config.residual_scalars else None
+        self.input_scales = nn.Parameter(torch.zeros(n)) if config.residual_scalars else None
+        self.value_scales = nn.Parameter(torch.full((further,), 0.5)) if config.value_residual and further else None
 
     @property
     def plan(self) -> list[Layer]:
@@ -72,17 +82,30 @@ class Core(nn.Module):
                 ) -> Tensor:                  # (B, T, d_model), normalised
         "Run every layer of the plan."
         length, start = x.shape[1], cache.length if cache is not None else 0
-        x = self.dropout(self.positions.embed(x, start))
+        x = entered = self._enter(x, start)
         options = dict(positions=self.positions, mask=self._mask(length, start, x.device), cache=cache)
         iteration = 0
         for slot, layer in enumerate(self.plan):
             if self.iterations is not None and layer.iteration > iteration:
                 x = x + self.iterations[layer.iteration - 1]
             iteration = layer.iteration
-            x = self.blocks[layer.block](x, self.attentions[layer.attention], self.ffns[layer.ffn], options | dict(layer=slot))
+            x, values = self._run(layer, x, entered, options | dict(layer=slot))
+            if slot == 0 and self.value_scales is not None:
+                options["first"] = values
         if cache is not None:
             cache.advance(length)
         return self.norm(x)
+
+    def _enter(self, x: Tensor, start: int) -> Tensor: # (B, T, d_model) -> the same
+        x = self.positions.embed(x, start)
+        return self.dropout(x if self.embedding_norm is None else self.embedding_norm(x))
+
+    def _run(self, layer: Layer, x: Tensor, entered: Tensor, options: dict) -> tuple[Tensor, Tensor]: # as `Block`
+        if self.stream_scales is not None and self.input_scales is not None:
+            x = self.stream_scales[layer.block] * x + self.input_scales[layer.block] * entered
+        if self.value_scales is not None and layer.block:  # the first block's values stay what they are, in every pass
+            options["share"] = self.value_scales[layer.block - 1]
+        return self.blocks[layer.block](x, self.attentions[layer.attention], self.ffns[layer.ffn], options)
 
     def _mask(self, length: int, start: int, device: torch.device) -> Tensor | None:
         bias = self.positions.bias(length, start)
@@ -97,7 +120,7 @@ def init_weights(module: nn.Module,  # a model or a part of one
     "Draw every matrix from torch's random generator and set every gain to one."
     smaller = 1 / math.sqrt(2 * len(plan(config)))
     for name, parameter in module.named_parameters():
-        if name.endswith("threshold"):  # set by the configuration or from data
+        if name.endswith(("threshold", "_scales")):  # set by the configuration or from data, or where they are made
             continue
         if parameter.ndim < 2:
             nn.init.ones_(parameter)
@@ -108,3 +131,7 @@ def init_weights(module: nn.Module,  # a model or a part of one
         else:
             writes = name.endswith(("out.weight", "down.weight"))
             nn.init.normal_(parameter, std=config.init_std * (smaller if writes else 1.0))
+    if config.zero_init:
+        for part in module.modules():
+            for name in getattr(part, "writes", ()):
+                nn.init.zeros_(getattr(part, name).weight)

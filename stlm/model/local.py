@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from ..config import ModelConfig, PatchConfig, SharingConfig
 from .attention import KVCache
-from .layers import FeedForward, make_norm
+from .layers import FeedForward, Joined, make_norm
 from .positions import alibi_slopes
 
 # %% ../../nbs/26_model.local.ipynb #b0b49560
@@ -39,6 +39,7 @@ def window_bias(slopes: Tensor,  # (n_heads,)
 
 class WindowAttention(nn.Module):
     "Causal attention over the last `window` bytes, in blocks."
+    writes = ("out",) # into the residual stream
     slopes: Tensor # (n_heads,)
     bias: Tensor   # (n_heads, window, 2 * window) of the bytes of a block over the block before and their own
 
@@ -47,7 +48,7 @@ class WindowAttention(nn.Module):
                  ):
         super().__init__()
         self.n_heads, self.window = config.n_heads, window
-        self.qkv = nn.Linear(config.d_model, 3 * config.d_model, bias=False)
+        self.qkv = Joined(config.d_model, *[config.d_model] * 3)
         self.out = nn.Linear(config.d_model, config.d_model, bias=False)
         self.register_buffer("slopes", alibi_slopes(config.n_heads), persistent=False)
         positions = torch.arange(2 * window)
@@ -159,8 +160,9 @@ class GridBlock(nn.Module):
                  ):
         super().__init__()
         self.n_heads, self.keeps_width = n_heads, d_in == d_out
+        self.writes = ("out", "down") if self.keeps_width else ("out",)  # into the residual stream
         self.attention_norm, self.ffn_norm = make_norm(config, d_in), make_norm(config, d_in)
-        self.qkv, self.out = nn.Linear(d_in, 3 * d_in, bias=False), nn.Linear(d_in, d_in, bias=False)
+        self.qkv, self.out = Joined(d_in, d_in, d_in, d_in), nn.Linear(d_in, d_in, bias=False)
         self.up, self.down = nn.Linear(d_in, 4 * d_in, bias=False), nn.Linear(4 * d_in, d_out, bias=False)
 
     def forward(self, x: Tensor,                    # (N, P, d_in)

@@ -22,6 +22,7 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -280,7 +281,8 @@ class Trainer:
     def _compiled(self) -> Objective:
         wanted = self.config.train.compile
         on = wanted == "on" or (wanted == "auto" and self.device.type == "cuda")
-        return torch.compile(self.model.objective) if on else self.model.objective
+        objective = torch.compile(self.model.objective) if on else self.model.objective
+        return partial(objective, z_loss=self.config.train.z_loss) if self.config.train.z_loss else objective
 
     def account(self, looping: bool = True) -> Account:
         "What the model costs on this text."
