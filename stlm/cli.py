@@ -7,6 +7,7 @@ __all__ = ['app', 'PresetOption', 'SetOption', 'ModelArgument', 'NotebookArgumen
            'evaluate', 'generate', 'info', 'runs', 'study', 'report', 'main']
 
 # %% ../nbs/90_cli.ipynb #3b53f267
+import os
 import shlex
 import sys
 from pathlib import Path
@@ -56,15 +57,40 @@ def prepare(name: PresetOption = "demo-bpe", settings: SetOption = None) -> None
 
 @app.command()
 def train(name: PresetOption = "demo-bpe", settings: SetOption = None,
+          config: Annotated[Optional[Path], typer.Option(help="A run's config.yaml instead of a preset.")] = None,  # noqa: UP045
           folder: Annotated[Optional[Path], typer.Option(help="The run's folder; runs/train/<id> if not given.")] = None,  # noqa: UP045
           watch: Annotated[str, typer.Option(help="Who looks on, separated by commas: samples, statistics, tensorboard, trackio; "
-                                                  "samples:50 looks every 50 steps.")] = "") -> None:
+                                                  "samples:50 looks every 50 steps.")] = "",
+          processes: Annotated[int, typer.Option(min=1, help="Processes on this machine that share every batch.")] = 1,
+          restarts: Annotated[int, typer.Option(min=0, help="How often all of them begin again after one died.")] = 0) -> None:
     "Train a model, or resume a run that was stopped."
+    wanted = _config(name, settings) if config is None else _config_from(config, settings)
+    if processes > 1 or restarts:
+        from stlm.train.distributed import launch
+        chosen = ["--preset", name] if config is None else ["--config", str(config)]
+        given = [word for setting in settings or [] for word in ("--set", setting)]
+        options = {"--folder": folder, "--watch": watch}
+        given += [word for option, value in options.items() if value for word in (option, str(value))]
+        sys.exit(launch(["train", *chosen, *given], processes, restarts))
     from stlm.train.loop import train as train_model
-    run = train_model(_config(name, settings), folder, watchers=_watchers(watch))
-    metrics = run.metrics or {}
-    print(f"{metrics['valid_bpb']:.4f} bits per byte on {metrics['valid_bytes']:,} bytes of validation text")
-    print(f"wrote {run.folder}")
+    run = train_model(wanted, folder, watchers=_watchers(watch) if _is_first() else ())
+    if _is_first():
+        metrics = run.metrics or {}
+        print(f"{metrics['valid_bpb']:.4f} bits per byte on {metrics['valid_bytes']:,} bytes of validation text")
+        print(f"wrote {run.folder}")
+
+
+def _config_from(path: Path, settings: list[str] | None) -> RunConfig:
+    from stlm.config import from_dict, from_yaml, override, to_dict
+    try:
+        text = path.read_text("utf-8")
+    except OSError as error:
+        raise StlmError(f"cannot read {path}: {error.strerror}") from error
+    return from_dict(RunConfig, override(to_dict(from_yaml(RunConfig, text)), parse_overrides(settings or [])))
+
+
+def _is_first() -> bool: # of the processes that train one model; `torchrun` numbers them
+    return os.environ.get("RANK", "0") == "0"
 
 # %% ../nbs/90_cli.ipynb #6e972b60
 @app.command()
@@ -203,8 +229,10 @@ def main() -> None:
     try:
         app()
     except StlmError as error:
-        print(f"stlm: {error}", file=sys.stderr)
-        sys.exit(130 if type(error).__name__ == "Stopped" else 2)
+        stopped = type(error).__name__ == "Stopped"
+        if _is_first() or not stopped:  # all processes stop together, and one says so
+            print(f"stlm: {error}", file=sys.stderr)
+        sys.exit(130 if stopped else 2)
     except KeyboardInterrupt:
         print("stlm: interrupted", file=sys.stderr)
         sys.exit(130)

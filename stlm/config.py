@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['Sharing', 'Patcher', 'Encoder', 'Pool', 'Unpool', 'Decoder', 'Ffn', 'Norm', 'Positions', 'Optimizer', 'Schedule',
-           'Shape', 'Precision', 'Compile', 'PRESETS', 'ConfigError', 'SharingConfig', 'PatchConfig', 'ModelConfig',
-           'DataConfig', 'tokenizer_vocab_size', 'TrainConfig', 'RunConfig', 'coerce', 'to_dict', 'from_dict',
-           'to_yaml', 'from_yaml', 'override', 'all_fields', 'parse_overrides', 'preset']
+           'Shape', 'Precision', 'Compile', 'Nonfinite', 'LENGTHS', 'PRESETS', 'ConfigError', 'SharingConfig',
+           'PatchConfig', 'ModelConfig', 'DataConfig', 'tokenizer_vocab_size', 'TrainConfig', 'RunConfig', 'coerce',
+           'to_dict', 'from_dict', 'to_yaml', 'from_yaml', 'override', 'all_fields', 'parse_overrides', 'preset']
 
 # %% ../nbs/01_config.ipynb #f2b5d2bb
 import copy
@@ -230,13 +230,15 @@ Schedule = Literal["cosine", "linear", "sqrt", "constant"]
 Shape = Literal["constant", "cut", "up", "down", "early", "late", "triangle"]
 Precision = Literal["auto", "fp32", "bf16"]
 Compile = Literal["auto", "on", "off"]
+Nonfinite = Literal["stop", "skip"]
 
 
 @dataclass(frozen=True)
 class TrainConfig:
     "How it is trained. Raises `ConfigError` for an impossible value."
-    steps: int = 0                   # optimizer steps; 0 = as many as `bytes` needs
-    bytes: int = 0                   # raw UTF-8 bytes of text to see; 0 = given by `steps`
+    steps: int = 0                   # optimizer steps; 0 = as many as `bytes` or `seconds` allow
+    bytes: int = 0                   # raw UTF-8 bytes of text to see; 0 = given by one of the others
+    seconds: float = 0.0             # of training, compilation and validation aside: the pace is measured first; 0 = given by one of the others
     batch_size: int = 32             # windows in one optimizer step
     accumulation: int = 1            # parts that a batch is computed in, to save memory
     optimizer: Optimizer = "adamw"   # adamw (Loshchilov and Hutter, 2017), or muon (Jordan et al., 2024) with adamw for all but matrices
@@ -262,6 +264,7 @@ class TrainConfig:
     local_lr: float = 1.0            # factor of the learning rate in the encoder and decoder of patches
     loop_start: float = 0.0          # share of the steps after which looped layers begin to be run more than once
     clip: float = 1.0                # largest gradient norm; 0 = no clipping
+    nonfinite: Nonfinite = "stop"    # at a gradient that is not finite: end the run, or leave the step out (waits for the device each step)
     seed: int = 0                    # initial weights, order of the data, dropout
     device: str = "auto"             # auto, cpu, cuda, cuda:N, mps
     precision: Precision = "auto"    # auto = bf16 where the hardware is fast at it, else fp32
@@ -271,12 +274,15 @@ class TrainConfig:
     eval_every: int = 0              # steps between validations; 0 = ten in a run
     eval_bytes: int = 100_000        # raw bytes of validation text in each of them
     checkpoint_every: int = 0        # steps between checkpoints; 0 = ten in a run
+    keep: int = 2                    # newest checkpoints that stay, beside the one that was best in validation
 
     def __post_init__(self) -> None:
         _check_fields(self, "train")
-        lengths = (self.steps, self.bytes)
-        _require(min(lengths) == 0 < max(lengths), "train.steps, train.bytes", lengths, "exactly one of the two above 0")
+        lengths = (self.steps, self.bytes, self.seconds)
+        one = min(lengths) == 0 and sum(length > 0 for length in lengths) == 1
+        _require(one, "train.steps, train.bytes, train.seconds", lengths, "exactly one of the three above 0, the others 0")
         _require_each(self, "train.batch_size train.accumulation train.log_every train.eval_bytes", lambda v: v >= 1, "1 or more")
+        _require_each(self, "train.keep", lambda v: v >= 1, "1 or more")
         _require_each(self, "train.eval_every train.checkpoint_every train.seed", lambda v: v >= 0, "0 or more")
         _require_each(self, "train.weight_decay train.clip train.z_loss", lambda v: v >= 0, "0 or more")
         _require_each(self, "train.min_lr_ratio train.warmup train.cooldown train.loop_start", lambda v: 0 <= v <= 1, "0 to 1")
@@ -411,6 +417,9 @@ def from_yaml(kind: type, # RunConfig, ModelConfig, DataConfig or TrainConfig
     return from_dict(kind, values)
 
 # %% ../nbs/01_config.ipynb #661b1970
+LENGTHS = ("train.steps", "train.bytes", "train.seconds")  # of which a run has one
+
+
 def override(values: dict[str, Any],      # a nested configuration
              overrides: Mapping[str, Any] # dotted names, such as {"model.n_layers": 8}
              ) -> dict[str, Any]:         # a new nested configuration
@@ -419,10 +428,8 @@ def override(values: dict[str, Any],      # a nested configuration
     for name, value in overrides.items():
         *sections, key = str(name).split(".")
         _section(result, sections, str(name))[key] = value
-    if overrides.get("train.steps") and "train.bytes" not in overrides:
-        result["train"]["bytes"] = 0  # a length in steps replaces one in bytes, and the other way round
-    if overrides.get("train.bytes") and "train.steps" not in overrides:
-        result["train"]["steps"] = 0
+    if any(overrides.get(name) for name in LENGTHS):  # the length that is asked for replaces the one there was
+        result["train"] |= {name.rpartition(".")[2]: 0 for name in LENGTHS if name not in overrides}
     if "data.tokenizer" in overrides and "model.vocab_size" not in overrides:
         result["model"]["vocab_size"] = 0
     return result

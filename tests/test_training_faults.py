@@ -1,24 +1,29 @@
 """A run that is killed, stopped, or denied its disk loses nothing and ends as if nothing had happened."""
 
+import math
+import os
 import random
+import resource
+import shutil
 import signal
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 
-from helpers import command, own_project, real_text, settings, small_run, stlm
+from helpers import FORKS, command, error_in_fork, own_project, real_text, settings, small_run, stlm, tiny_run, train_in_fork
 from stlm.config import preset
 from stlm.data.shards import prepare
 from stlm.evaluate.bits import bits_per_byte
-from stlm.foundation import file_sha256
+from stlm.foundation import StlmError, file_sha256
 from stlm.infer.generate import generate
 from stlm.model.accounting import account
 from stlm.pretrained import from_pretrained
-from stlm.train.checkpoints import checkpoints, load_checkpoint
-from stlm.train.loop import Diverged, Trainer, train
-from stlm.train.records import Run, read_log
+from stlm.train.checkpoints import best_checkpoint, checkpoints, load_checkpoint
+from stlm.train.loop import Diverged, Stopped, Trainer, Watcher, train
+from stlm.train.records import Run, locked, read_log
 
 
 @pytest.fixture(scope="module")
@@ -57,20 +62,40 @@ def assert_same(run: Run, whole: Run) -> None:
     assert {line["step"]: line["valid_loss"] for line in read_log(run.folder / "log.jsonl") if "valid_loss" in line} == expected
 
 
-def test_killed_at_random_moments(project, overrides, uninterrupted):
-    folder, chance, kills = project / "killed", random.Random(0), 0
-    for _ in range(4):
-        process = begin(project, overrides, folder)
-        wait_for_lines(process, folder / "log.jsonl", len(read_log(folder / "log.jsonl")))
-        time.sleep(chance.uniform(0, 0.3))
-        process.send_signal(signal.SIGKILL)
-        process.communicate()
-        kills += process.returncode == -signal.SIGKILL
-    assert kills >= 2, "the run ended before it could be killed; make it longer"
-    code, _, errors = stlm("train", *settings(overrides), "--folder", folder, cwd=project)
-    assert code == 0, errors
-    assert_same(Run(folder), uninterrupted)
+def test_killed_at_random_moments(project, overrides, tmp_path):
+    """Twenty times, every other time while a checkpoint is written. Each process begins where the one before was killed."""
+    overrides = tiny_run(overrides["data.corpus"]) | {"train.steps": 200, "train.checkpoint_every": 3, "train.eval_every": 50}
+    folder, chance, kills, writing = tmp_path / "killed", random.Random(0), 0, 0
+    train_in_fork(overrides, tmp_path / "whole")
+    for number in range(20):
+        process = FORKS.Process(target=train_in_fork, args=(overrides, folder))
+        process.start()
+        wait_until(process, (lambda: unfinished(folder)) if number % 2 else grown(folder / "log.jsonl"))
+        time.sleep(chance.uniform(0, 0.002 if number % 2 else 0.1))
+        process.kill()
+        process.join()
+        kills += process.exitcode == -signal.SIGKILL
+        writing += bool(unfinished(folder))
+    assert kills == 20, "the run ended before it could be killed; make it longer"
+    assert writing >= 3, "no kill came while a checkpoint was written"
+    train_in_fork(overrides, folder)
+    assert_same(Run(folder), Run(tmp_path / "whole"))
     assert not list(folder.rglob("*.tmp")), "a killed writer's leftovers are removed"
+
+
+def unfinished(folder: Path) -> list[Path]:
+    "Checkpoints that are being written."
+    return list((folder / "checkpoint").glob(".step-*.tmp"))
+
+
+def grown(log: Path) -> Callable[[], bool]: # call it: whether the log has more lines than now
+    before = len(read_log(log))
+    return lambda: len(read_log(log)) > before
+
+
+def wait_until(process, condition: Callable[[], object]) -> None:
+    while process.is_alive() and not condition():
+        time.sleep(0.001)
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
@@ -101,6 +126,114 @@ def test_full_disk(project, overrides, uninterrupted):
 def test_unwritable_folder(project, overrides):
     code, _, errors = stlm("train", *settings(overrides), "--folder", project / "settings.ini" / "run", cwd=project)
     assert code == 2 and errors.strip().splitlines()[-1].startswith("stlm: cannot write")
+
+
+def train_where_nothing_can_be_written(overrides, folder):
+    trainer = in_memory(overrides, folder)
+    folder.chmod(0o555)
+    if os.geteuid() == 0:
+        os.seteuid(65534)  # nobody: to root every folder can be written
+    trainer.fit()
+
+
+def test_folder_that_becomes_read_only(overrides, tmp_path):
+    error = error_in_fork(train_where_nothing_can_be_written, tiny_run(overrides["data.corpus"]), tmp_path)
+    assert error.startswith(f"cannot write {tmp_path / 'log.jsonl'}: Permission denied")
+
+
+def train_in_little_memory(overrides, folder):
+    pages = int(Path("/proc/self/statm").read_text().split()[0])
+    resource.setrlimit(resource.RLIMIT_AS, [pages * resource.getpagesize() + 2 ** 28] * 2)
+    train_in_fork(overrides, folder)
+
+
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="the system does not tell how much memory is in use")
+@pytest.mark.parametrize(("sizes", "advice"), [
+    ({"train.batch_size": 1024, "train.accumulation": 2}, "512 windows of 512 symbols at once; set train.accumulation=4"),
+    ({"train.batch_size": 1, "train.accumulation": 1, "model.context": 400_000}, "1 window of 400000 symbols at once; set model.context")])
+def test_out_of_memory(overrides, tmp_path, sizes, advice):
+    overrides = tiny_run("pydocs") | {"data.max_bytes": 1_000_000, "model.context": 512} | sizes
+    error = error_in_fork(train_in_little_memory, overrides, tmp_path / "large")
+    assert error.startswith("out of memory") and advice in error and "\n" not in error
+
+
+def test_two_processes_on_one_folder(overrides, tmp_path):
+    with locked(Run(tmp_path)):
+        assert error_in_fork(train_in_fork, overrides, tmp_path) == f"{tmp_path} is being trained by another process"
+
+
+class StopAt(Watcher):
+    def __init__(self, step):
+        self.step = step
+
+    def started(self, trainer):
+        self.trainer = trainer
+
+    def stepped(self):
+        if self.trainer.progress.step == self.step:
+            self.trainer.request("stop")
+
+
+def test_data_that_changed_under_a_run_is_refused(overrides, tmp_path):
+    text = tmp_path / "text.txt"
+    shutil.copy(overrides["data.corpus"].removeprefix("file:"), text)
+    config = preset("demo-bpe", tiny_run(f"file:{text}"))
+    with pytest.raises(Stopped, match="at step 10 "):
+        train(config, tmp_path / "run", show_progress=False, watchers=[StopAt(10)])
+    whole = text.read_text()
+    text.write_text(whole.replace("License", "licence"))
+    with pytest.raises(StlmError, match=r"the data of .*run changed since the run began"):
+        train(config, tmp_path / "run", show_progress=False)
+    text.write_text(whole)
+    assert train(config, tmp_path / "run", show_progress=False).status == "finished"
+
+
+def test_best_checkpoint_stays(overrides, tmp_path):
+    changes = {"train.steps": 60, "train.eval_every": 8, "train.checkpoint_every": 5, "train.keep": 1, "train.lr": 0.3, "train.clip": 0}
+    run = train(preset("demo-bpe", tiny_run(overrides["data.corpus"]) | changes), tmp_path / "run", show_progress=False)
+    measured = {line["step"]: line["valid_bpb"] for line in read_log(run.folder / "log.jsonl") if "valid_bpb" in line}
+    best = min(measured, key=measured.get)
+    assert best < 60, "it should get worse with this learning rate"
+    assert [path.name for path in checkpoints(run.checkpoint_folder)] == [f"step-{step:09d}" for step in (best, 60)]
+    assert best_checkpoint(run.checkpoint_folder).name == f"step-{best:09d}"
+
+
+def in_memory(overrides, folder):
+    config = preset("demo-bpe", overrides)
+    return Trainer(config, Run(folder), prepare(config.data, show_progress=False), show_progress=False)
+
+
+def break_steps(trainer, broken):
+    """Let the loss be no number in some steps."""
+    whole = trainer.objective
+    trainer.objective = lambda *batch: tuple(part * (math.nan if trainer.progress.step in broken else 1.0) for part in whole(*batch))
+
+
+def test_steps_that_are_no_numbers_can_be_skipped(overrides, tmp_path):
+    trainer = in_memory(tiny_run(overrides["data.corpus"]) | {"train.nonfinite": "skip", "train.steps": 30}, tmp_path)
+    break_steps(trainer, {0, 11, 12})
+    weights = {}
+    for step in range(13):
+        trainer.step()
+        weights[step] = [p.detach().clone() for p in trainer.model.parameters()]
+    assert all(torch.equal(a, b) for a, b in zip(weights[10], weights[12], strict=True)), "a skipped step changes nothing"
+    assert not any(torch.equal(a, b) for a, b in zip(weights[9], weights[10], strict=True))
+    trainer.save()
+    again = in_memory(tiny_run(overrides["data.corpus"]) | {"train.nonfinite": "skip", "train.steps": 30}, tmp_path)
+    again.resume()
+    assert again.progress == trainer.progress and again.progress.skipped == 3 and again.progress.skipped_in_a_row == 2
+    again.fit()
+    again.finish()
+    lines = [line for line in read_log(tmp_path / "log.jsonl") if "loss" in line]
+    assert again.run.metrics["skipped_steps"] == 3 == lines[-1]["skipped"] and all(math.isfinite(line["loss"]) for line in lines)
+
+
+def test_too_many_skipped_steps_end_the_run(overrides, tmp_path):
+    trainer = in_memory(tiny_run(overrides["data.corpus"]) | {"train.nonfinite": "skip", "train.steps": 150}, tmp_path)
+    break_steps(trainer, set(range(20, 150)))
+    with pytest.raises(Diverged, match="100 steps in a row had no finite gradient, up to step 120 "):
+        trainer.fit()
+    assert all(torch.isfinite(p).all() for p in trainer.model.parameters())
 
 
 def test_damaged_checkpoint_gives_way_to_the_one_before(project, overrides, uninterrupted):

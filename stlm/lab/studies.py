@@ -263,7 +263,8 @@ def run_in_process(planned: StudyRun,
 
 def _watch(process: subprocess.Popen, planned: StudyRun, stop: threading.Event) -> None:
     train = planned.config.train
-    key, total, unit = ("bytes", train.bytes, "B") if train.bytes else ("step", train.steps, " steps")
+    lengths = (("bytes", train.bytes, "B"), ("step", train.steps, " steps"), ("seconds", train.seconds, " s"))
+    key, total, unit = next(length for length in lengths if length[1])
     with progress(None, planned.title, total, unit) as bar:
         while process.poll() is None:
             lines = read_log(planned.run.folder / "log.jsonl")

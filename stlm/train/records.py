@@ -55,6 +55,11 @@ class Run:
         return _read_json(self.folder / "metrics.json")
 
     @property
+    def pace(self) -> dict[str, Any] | None:
+        "Seconds of a step and number of steps as they were measured at the start; None unless `train.seconds` decides the length."
+        return _read_json(self.folder / "pace.json")
+
+    @property
     def status(self) -> str:
         "finished, running (its lock is held), stopped (may be resumed) or new."
         if self.metrics is not None:
@@ -105,12 +110,12 @@ def read_log(path: Path         # log.jsonl
 def append_log(path: Path,           # log.jsonl
                line: dict[str, Any]  # plain values
                ) -> None:
-    "Add one line to a log. Raises `StlmError` for a full disk."
+    "Add one line to a log. Raises `StlmError` for a full or read-only disk."
     try:
         with open(path, "a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")
     except OSError as error:
-        raise StlmError(f"cannot write {path}: {error.strerror}; resume when there is space") from error
+        raise StlmError(f"cannot write {path}: {error.strerror}; resume when there is space or the right to write") from error
 
 
 def cut_log(path: Path, # log.jsonl

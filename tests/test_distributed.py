@@ -1,0 +1,154 @@
+"""Several processes train the same model as one: the same curve, one folder, and nothing lost when one of them dies."""
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+
+import psutil
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from helpers import command, errors_in_forks, real_text, settings, start_forks, tiny_run, train_in_fork
+from stlm.config import preset
+from stlm.foundation import StlmError, file_sha256
+from stlm.train import loop
+from stlm.train.loop import Watcher, train_in_processes
+from stlm.train.records import Run, locked, read_log
+from test_training_faults import POOLED, SHARED
+
+
+@pytest.fixture(scope="module")
+def overrides(tmp_path_factory):
+    text = real_text(tmp_path_factory.mktemp("text"))
+    return tiny_run(text) | {"train.batch_size": 8, "train.steps": 30, "train.eval_every": 10, "model.dropout": 0.0}
+
+
+@pytest.fixture(scope="module")
+def alone(overrides, tmp_path_factory):
+    "The run on one process that every other one must equal but for rounding."
+    folder = tmp_path_factory.mktemp("alone") / "run"
+    assert errors_in_forks(1, train_in_fork, overrides, folder) == [""]
+    return Run(folder)
+
+
+def assert_same_curve(run: Run, other: Run) -> None:
+    "The same lines at the same steps, after the same text; losses and weights to rounding."
+    assert run.status == "finished"
+    lines, others = (read_log(one.folder / "log.jsonl") for one in (run, other))
+    assert len(lines) == len(others)
+    for line, expected in zip(lines, others, strict=True):
+        assert all(line[name] == expected[name] for name in ("step", "tokens", "bytes"))
+        for name in {"loss", "bpb", "grad_norm", "valid_loss", "valid_bpb"} & expected.keys():
+            assert line[name] == pytest.approx(expected[name], rel=1e-4), name
+    weights, expected = (load_file(one.model_folder / "model.safetensors") for one in (run, other))
+    assert all(torch.allclose(weights[name], expected[name], rtol=1e-3, atol=1e-4) for name in expected)
+    assert run.metrics["valid_bytes"] == other.metrics["valid_bytes"]
+
+
+@pytest.mark.parametrize("processes", [2, 4])
+def test_the_number_of_processes_does_not_change_the_curve(overrides, alone, tmp_path, processes):
+    assert errors_in_forks(processes, train_in_fork, overrides, tmp_path / "run") == [""] * processes
+    assert_same_curve(Run(tmp_path / "run"), alone)
+
+
+def stop_at(overrides, folder, step):
+    class Stop(Watcher):
+        def started(self, trainer):
+            self.trainer = trainer
+
+        def stepped(self):
+            if self.trainer.progress.step == step:
+                self.trainer.request("stop")
+
+    train_in_fork(overrides, folder, watchers=[Stop()])
+
+
+def test_a_run_goes_on_with_another_number_of_processes(overrides, alone, tmp_path):
+    overrides = overrides | {"train.log_every": 10}  # stopping writes a line, as the end of every tenth step does
+    for processes, step in ((2, 10), (1, 20)):
+        errors = errors_in_forks(processes, stop_at, overrides, tmp_path / "run", step)
+        assert all(f"at step {step} of 30" in error for error in errors), errors
+    assert errors_in_forks(4, train_in_fork, overrides, tmp_path / "run") == [""] * 4
+    assert errors_in_forks(1, train_in_fork, overrides, tmp_path / "whole") == [""]
+    assert_same_curve(Run(tmp_path / "run"), Run(tmp_path / "whole"))
+
+
+def test_a_signal_to_one_process_stops_all_after_the_same_step(overrides, tmp_path):
+    overrides = overrides | {"model.dropout": 0.2, "train.steps": 100}
+    (_, first_pipe), (second, second_pipe) = start_forks(2, train_in_fork, overrides, tmp_path / "run")
+    while not read_log(tmp_path / "run" / "log.jsonl"):
+        time.sleep(0.01)
+    os.kill(second.pid, signal.SIGTERM)
+    errors = [first_pipe.recv(), second_pipe.recv()]
+    assert errors[0].startswith("stopped by another process at step ") and errors[1] == errors[0].replace("another process", "SIGTERM")
+    assert errors_in_forks(2, train_in_fork, overrides, tmp_path / "run") == ["", ""]
+    assert errors_in_forks(2, train_in_fork, overrides, tmp_path / "whole") == ["", ""]
+    weights = [Run(tmp_path / name).model_folder / "model.safetensors" for name in ("run", "whole")]
+    assert file_sha256(weights[0]) == file_sha256(weights[1]), "bit for bit with the same number of processes, dropout included"
+
+
+KINDS = {"loops that begin midway": SHARED | {"train.batch_size": 8},
+         "a gate": POOLED | {"model.patches.patcher": "gate", "train.steps": 12, "train.batch_size": 8},
+         "a segmenter": POOLED | {"model.patches.patcher": "entropy", "model.patches.size": 4, "train.steps": 12, "train.batch_size": 8}}
+
+
+def train_small_segmenter(overrides, folder):
+    loop.SEGMENTER_BYTES = 4000
+    train_in_fork(overrides, folder)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_kind_of_model_is_shared(overrides, tmp_path, kind):
+    overrides = overrides | KINDS[kind]
+    for processes in (2, 1):
+        assert errors_in_forks(processes, train_small_segmenter, overrides, tmp_path / str(processes)) == [""] * processes
+    assert_same_curve(Run(tmp_path / "2"), Run(tmp_path / "1"))
+
+
+def test_what_cannot_be_shared_is_refused(overrides, tmp_path):
+    errors = errors_in_forks(3, train_in_fork, overrides, tmp_path / "run")
+    assert errors == ["train.batch_size=8 cannot be shared by 3 processes; take a multiple of that"] * 3
+    with locked(Run(tmp_path / "taken")):
+        errors = errors_in_forks(2, train_in_fork, overrides, tmp_path / "taken")
+    assert errors[0].endswith("is being trained by another process") and errors[1].startswith("another process of this run ended early")
+
+
+def test_one_process_dies_and_the_run_goes_on(overrides, alone, tmp_path):
+    longer = overrides | {"train.steps": 200, "model.dropout": 0.2}
+    launcher = command("train", *settings(longer), "--folder", tmp_path / "run", "--processes", 2, "--restarts", 1, cwd=tmp_path)
+    while launcher.poll() is None and len(read_log(tmp_path / "run" / "log.jsonl")) < 3:
+        time.sleep(0.01)
+    workers = psutil.Process(launcher.pid).children(recursive=True)
+    next(process for process in workers if process.environ().get("RANK") == "1").kill()
+    output, errors = launcher.communicate(timeout=120)
+    assert launcher.returncode == 0, errors
+    assert output.count("bits per byte") == 1 and "another process of this run ended early" in errors
+    assert errors_in_forks(2, train_in_fork, longer, tmp_path / "whole") == ["", ""]
+    weights = [Run(tmp_path / name).model_folder / "model.safetensors" for name in ("run", "whole")]
+    assert file_sha256(weights[0]) == file_sha256(weights[1])
+
+
+def test_two_hosts(overrides, alone, tmp_path):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        place = f"127.0.0.1:{free.getsockname()[1]}"
+    agent = [sys.executable, "-m", "torch.distributed.run", "--nnodes", "2", "--nproc-per-node", "1", "--rdzv-backend", "c10d",
+             "--rdzv-endpoint", place, "--rdzv-id", "pair", "-m", "stlm", "train", *settings(overrides), "--folder", str(tmp_path / "run")]
+    hosts = [subprocess.Popen(agent, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) for _ in range(2)]
+    outputs = [host.communicate(timeout=180)[0] for host in hosts]
+    assert [host.returncode for host in hosts] == [0, 0], outputs
+    assert_same_curve(Run(tmp_path / "run"), alone)
+
+
+def test_from_a_notebook(overrides, alone, tmp_path, capfd):
+    config = preset("demo-bpe", overrides)
+    run = train_in_processes(config, 2, tmp_path / "run")
+    assert run.config == config and "training" in capfd.readouterr().err
+    assert_same_curve(run, alone)
+    with pytest.raises(StlmError, match=r"holds another run \(train.lr is 0.003 there, 0.5 here\)"):
+        (tmp_path / "run" / "metrics.json").unlink()
+        train_in_processes(preset("demo-bpe", overrides | {"train.lr": 0.5}), 2, tmp_path / "run", show_progress=False)
