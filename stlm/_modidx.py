@@ -1023,6 +1023,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '', 'doc_host': '', 'git_url
                                  'stlm.train.loop.Trainer.__init__': ('train.loop.html#trainer.__init__', 'stlm/train/loop.py'),
                                  'stlm.train.loop.Trainer._after_step': ('train.loop.html#trainer._after_step', 'stlm/train/loop.py'),
                                  'stlm.train.loop.Trainer._answer': ('train.loop.html#trainer._answer', 'stlm/train/loop.py'),
+                                 'stlm.train.loop.Trainer._averages': ('train.loop.html#trainer._averages', 'stlm/train/loop.py'),
                                  'stlm.train.loop.Trainer._changing_rates': ( 'train.loop.html#trainer._changing_rates',
                                                                               'stlm/train/loop.py'),
                                  'stlm.train.loop.Trainer._compiled': ('train.loop.html#trainer._compiled', 'stlm/train/loop.py'),

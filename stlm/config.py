@@ -238,7 +238,7 @@ class TrainConfig:
     "How it is trained. Raises `ConfigError` for an impossible value."
     steps: int = 0                   # optimizer steps; 0 = as many as `bytes` or `seconds` allow
     bytes: int = 0                   # raw UTF-8 bytes of text to see; 0 = given by one of the others
-    seconds: float = 0.0             # of training, compilation and validation aside: the pace is measured first; 0 = given by one of the others
+    seconds: float = 0.0             # of training steps alone; how many fit is measured first; 0 = given by one of the others
     batch_size: int = 32             # windows in one optimizer step
     accumulation: int = 1            # parts that a batch is computed in, to save memory
     optimizer: Optimizer = "adamw"   # adamw (Loshchilov and Hutter, 2017), or muon (Jordan et al., 2024) with adamw for all but matrices

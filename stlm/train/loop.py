@@ -321,7 +321,7 @@ class Trainer:
 
     def resume(self) -> None:
         "Go back to the newest intact checkpoint, if there is one."
-        state = load_checkpoint(self.run.checkpoint_folder, self.model, self.optimizer, self.average and self.average.weights)
+        state = load_checkpoint(self.run.checkpoint_folder, self.model, self.optimizer, self._averages())
         if state:
             self.progress = Progress(**state["progress"])
             self.validation = state if "valid_bpb" in state else {}
@@ -417,6 +417,9 @@ class Trainer:
         if self.world.is_first:
             append_log(self.run.folder / "log.jsonl", line)
 
+    def _averages(self) -> dict[str, torch.Tensor] | None:
+        return None if self.average is None else self.average.weights
+
     def scored_weights(self) -> AbstractContextManager[None]:
         "While it lasts, the model has the weights that are scored and saved: the average, where the run keeps one."
         return nullcontext() if self.average is None else self.average.in_place()
@@ -453,7 +456,7 @@ class Trainer:
         valid = self.validation if self.validation.get("step") == self.progress.step else {}
         if self.world.is_first:
             state = valid | {"step": self.progress.step, "progress": asdict(self.progress)}
-            self.writer.save(self.model, self.optimizer, state, self.average and self.average.weights)
+            self.writer.save(self.model, self.optimizer, state, self._averages())
         if wait:
             self.writer.wait()
 
@@ -482,7 +485,8 @@ class Trainer:
         "Compute gradients once and forget them, so that compilation does not count as training."
         self.set_loops()
         self.set_rates()
-        gradients(self.objective, self.batches.batch(self.progress.step, self.world.rank, self.world.size), self.own, self.device, self.dtype)
+        batch = self.batches.batch(self.progress.step, self.world.rank, self.world.size)
+        gradients(self.objective, batch, self.own, self.device, self.dtype)
         self.optimizer.zero_grad(set_to_none=True)
 
     def fit(self) -> None:
