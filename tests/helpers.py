@@ -72,7 +72,8 @@ def start_forks(count: int, work: Callable[..., None], *arguments: object) -> li
     for rank in range(count):
         place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": count, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
         here, there = FORKS.Pipe(duplex=False)
-        process = FORKS.Process(target=_send_error, args=(there, {name: str(value) for name, value in place.items()}, work, *arguments))
+        environment = {name: str(value) for name, value in place.items()}
+        process = FORKS.Process(target=_send_error, args=(there, environment, work, *arguments), daemon=True)
         process.start()
         there.close()
         forks.append((process, here))

@@ -91,7 +91,8 @@ def test_a_signal_to_one_process_stops_all_after_the_same_step(overrides, tmp_pa
     assert file_sha256(weights[0]) == file_sha256(weights[1]), "bit for bit with the same number of processes, dropout included"
 
 
-KINDS = {"loops that begin midway": SHARED | {"train.batch_size": 8},
+KINDS = {"Muon": {"train.optimizer": "muon", "train.steps": 12},
+         "loops that begin midway": SHARED | {"train.batch_size": 8},
          "a gate": POOLED | {"model.patches.patcher": "gate", "train.steps": 12, "train.batch_size": 8},
          "a segmenter": POOLED | {"model.patches.patcher": "entropy", "model.patches.size": 4, "train.steps": 12, "train.batch_size": 8}}
 

@@ -68,7 +68,7 @@ def test_killed_at_random_moments(project, overrides, tmp_path):
     folder, chance, kills, writing = tmp_path / "killed", random.Random(0), 0, 0
     train_in_fork(overrides, tmp_path / "whole")
     for number in range(20):
-        process = FORKS.Process(target=train_in_fork, args=(overrides, folder))
+        process = FORKS.Process(target=train_in_fork, args=(overrides, folder), daemon=True)
         process.start()
         wait_until(process, (lambda: unfinished(folder)) if number % 2 else grown(folder / "log.jsonl"))
         time.sleep(chance.uniform(0, 0.002 if number % 2 else 0.1))
