@@ -85,7 +85,7 @@ def test_report_in_one_command(project, overrides):
 
 
 @pytest.mark.parametrize("name, arms", [("positions", ["RoPE", "learned"]), ("ffn_tying", ["own networks", "loop"]),
-                                        ("byte_pooling", ["BPE 4k", "BPE boundaries"])])
+                                        ("byte_pooling", ["BPE 4k", "BPE boundaries"]), ("recipe", ["baseline", "modern, n-grams"])])
 def test_the_other_studies(project, overrides, name, arms):
     own = ("data.corpus", "train.steps", "data.tokenizer", "model.context", "model.n_layers")  # the study's, or its parameters'
     common = {field: value for field, value in overrides.items() if field not in own} | {"data.valid_fraction": 0.25}
@@ -100,13 +100,29 @@ def test_the_other_studies(project, overrides, name, arms):
     assert arms[1] in (project / "reports" / name / "index.html").read_text()
 
 
+def test_the_race(project, overrides):
+    common = {field: value for field, value in overrides.items() if field.startswith("data.")} | {"data.valid_fraction": 0.25}
+    common |= {"data.tokenizer": "bytes", "model.context": 64, "model.n_layers": 1, "train.compile": "off"}
+    arms = ["the recipe", "without n-grams"]
+    given_ = given({"corpus": overrides["data.corpus"], "seconds": 2, "score_bytes": 3000, "only": json.dumps(arms), "overrides": json.dumps(common)})
+    code, _, errors = stlm("report", "race", *given_, cwd=project)
+    assert code == 0, errors[-2000:]
+    results = pd.read_csv(project / "reports" / "race" / "results.csv").set_index("arm")
+    assert list(results.index) == arms and results["bits_per_byte"].between(1, 12).all()
+    assert results["train_seconds"].between(0.5, 10).all(), "about the two seconds that were asked for"
+    pace = [Run(folder.parent).pace for folder in (project / "runs" / "race").rglob("pace.json")]
+    assert sorted(each["steps"] for each in pace) == sorted(results["steps"])
+
+
 def test_throughput(project, overrides):
     fractions = {field: value for field, value in overrides.items() if field in ("data.valid_fraction", "data.test_fraction")}
     code, _, errors = stlm("report", "throughput", *given({"corpus": overrides["data.corpus"], "rounds": 2, "batch_size": 2, "context": 64,
-                                                           "write_bytes": 40, "overrides": json.dumps(fractions)}), cwd=project)
+                                                           "write_bytes": 40, "layers": 1, "overrides": json.dumps(fractions)}), cwd=project)
     assert code == 0, errors[-2000:]
     results = pd.read_csv(project / "reports" / "throughput" / "results.csv").set_index("arm")
-    assert (results[["training_bytes_per_second", "writing_bytes_per_second"]] > 0).all(axis=None)
+    families, code = ["flat bytes", "pooled bytes", "BPE"], ["stlm", "stlm, compiled", "Hugging Face Llama"]
+    assert (results.loc[families, ["training_bytes_per_second", "writing_bytes_per_second"]] > 0).all(axis=None)
+    assert (results.loc[code, ["training_symbols_per_second", "mfu"]] > 0).all(axis=None)
     sizes = results.loc[["flat bytes", "pooled bytes"], "unique_parameters"]
     assert sizes.max() < 1.03 * sizes.min()
 
