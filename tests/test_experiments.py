@@ -104,8 +104,8 @@ def test_the_race(project, overrides):
     common = {field: value for field, value in overrides.items() if field.startswith("data.")} | {"data.valid_fraction": 0.25}
     common |= {"data.tokenizer": "bytes", "model.context": 64, "model.n_layers": 1, "train.compile": "off"}
     arms = ["the recipe", "without n-grams"]
-    given_ = given({"corpus": overrides["data.corpus"], "seconds": 2, "score_bytes": 3000, "only": json.dumps(arms), "overrides": json.dumps(common)})
-    code, _, errors = stlm("report", "race", *given_, cwd=project)
+    code, _, errors = stlm("report", "race", *given({"corpus": overrides["data.corpus"], "seconds": 2, "score_bytes": 3000,
+                                                     "only": json.dumps(arms), "overrides": json.dumps(common)}), cwd=project)
     assert code == 0, errors[-2000:]
     results = pd.read_csv(project / "reports" / "race" / "results.csv").set_index("arm")
     assert list(results.index) == arms and results["bits_per_byte"].between(1, 12).all()
@@ -117,7 +117,8 @@ def test_the_race(project, overrides):
 def test_throughput(project, overrides):
     fractions = {field: value for field, value in overrides.items() if field in ("data.valid_fraction", "data.test_fraction")}
     code, _, errors = stlm("report", "throughput", *given({"corpus": overrides["data.corpus"], "rounds": 2, "batch_size": 2, "context": 64,
-                                                           "write_bytes": 40, "layers": 1, "overrides": json.dumps(fractions)}), cwd=project)
+                                                           "write_bytes": 40, "layers": 1, "overrides": json.dumps(fractions)}),
+                           cwd=project)
     assert code == 0, errors[-2000:]
     results = pd.read_csv(project / "reports" / "throughput" / "results.csv").set_index("arm")
     families, code = ["flat bytes", "pooled bytes", "BPE"], ["stlm", "stlm, compiled", "Hugging Face Llama"]
