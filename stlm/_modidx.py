@@ -58,6 +58,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '', 'doc_host': '', 'git_url
                                    'stlm.data.batches.Batch.segments': ('data.batches.html#batch.segments', 'stlm/data/batches.py'),
                                    'stlm.data.batches.Batches': ('data.batches.html#batches', 'stlm/data/batches.py'),
                                    'stlm.data.batches.Batches.__init__': ('data.batches.html#batches.__init__', 'stlm/data/batches.py'),
+                                   'stlm.data.batches.Batches._start': ('data.batches.html#batches._start', 'stlm/data/batches.py'),
                                    'stlm.data.batches.Batches._visited': ('data.batches.html#batches._visited', 'stlm/data/batches.py'),
                                    'stlm.data.batches.Batches.batch': ('data.batches.html#batches.batch', 'stlm/data/batches.py'),
                                    'stlm.data.batches.Batches.order': ('data.batches.html#batches.order', 'stlm/data/batches.py'),

@@ -124,5 +124,5 @@ def test_a_letter_is_carried_further_than_windows_reach(family: str) -> None:
 def test_without_attention_in_the_stack_it_is_lost(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Chance is one in eight. Two kinds of models are left out, because they need no attention in the stack to see every patch: unpooling
     by attention, and a gate, whose answers are mixtures of all before them."""
-    monkeypatch.setattr(Attention, "forward", lambda self, x, *_, **__: torch.zeros_like(x))
+    monkeypatch.setattr(Attention, "forward", lambda self, x, *_, **__: (torch.zeros_like(x), torch.zeros_like(x)))
     assert learned(family, 150) < 0.3

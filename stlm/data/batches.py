@@ -113,9 +113,14 @@ class Batches:
                 step: int       # from 0
                 ) -> np.ndarray: # (batch_size,) numbers of windows
         "Which windows make up a batch. A batch may end one epoch and begin the next."
-        first, after = (step * self.batch_size, (step + 1) * self.batch_size) if self.starts is None else self.starts[step:step + 2]
+        first, after = self._start(step), self._start(step + 1)
         epochs, places = np.divmod(np.arange(first, after), self.n_windows)
         return np.concatenate([self._visited(epoch, places[epochs == epoch]) for epoch in np.unique(epochs).tolist()])
+
+    def _start(self, step: int) -> int: # windows before a step; beyond the plan, batches are full again
+        if self.starts is None:
+            return step * self.batch_size
+        return self.starts[min(step, len(self.starts) - 1)] + max(0, step + 1 - len(self.starts)) * self.batch_size
 
     def _visited(self, epoch: int, places: np.ndarray) -> np.ndarray:
         if self.n_windows > LARGEST_SORT:
