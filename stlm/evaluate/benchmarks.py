@@ -403,11 +403,12 @@ class Result:
     table: pd.DataFrame  # one row a question, in the same order
     limit: int           # as it was asked for; 0 = all
     data: str            # fingerprint of the questions
+    path: Path | None    # file that holds the table
 
     def summary(self) -> dict[str, Any]:
         "The figures as plain values for JSON; what a task does not have is None."
         about = {"task": self.task.name, "version": self.task.version, "metrics": list(self.task.metrics), "limit": self.limit,
-                 "data": self.data}
+                 "data": self.data, "file": self.path.name if self.path else None}
         return about | {name: value if math.isfinite(value) else None for name, value in self._figures(self.table).items()}
 
     def by(self, group: str          # one of the task's groups, such as paradigm or phenomenon
@@ -456,9 +457,10 @@ def _portions(items: Sequence[Item]) -> Iterator[list[Item]]:
 
 
 def _score_portion(model: LanguageModel, tokenizer: Tokenizer, items: list[Item]) -> pd.DataFrame: # one row an item, a list in each column
-    scores = iter(score(model, tokenizer, [pair for item in items for pair in item.pairs]))
+    pairs = list(dict.fromkeys(pair for item in items for pair in item.pairs))  # equal pairs get equal scores, so a tie is seen as one
+    scores = dict(zip(pairs, score(model, tokenizer, pairs), strict=True))
     columns = ("logprob", "greedy", "n_tokens", "n_bytes", "n_characters")
-    scored = [[next(scores) for _ in item.pairs] for item in items]
+    scored = [[scores[pair] for pair in item.pairs] for item in items]
     return pd.DataFrame([{column: [getattr(each, column) for each in choices] for column in columns}
                          | {"truncated": any(each.truncated for each in choices)} for choices in scored])
 
@@ -470,7 +472,7 @@ def _read(path: Path) -> pd.DataFrame | None: # None for a file that is not ther
         return None
 
 
-def _write(path: Path, table: pd.DataFrame) -> None:
+def _write(path: Path, table: pd.DataFrame) -> None: # whole, or not at all
     with atomic_file(path) as temporary:
         table.to_parquet(temporary, index=False)
 
@@ -508,19 +510,20 @@ def evaluate(model: LanguageModel,
     "Ask a model the questions of a benchmark. Raises `StlmError` where these cannot be had."
     items = load_items(task, data_dir, limit)
     data = fingerprint([[item.pairs, item.truth, item.groups] for item in items])
-    if folder is None:
-        return Result(task, items, _judged(task, items, _scored(model, tokenizer, items, None, task.name, show_progress)), limit, data)
-    path = Path(folder) / f"{task.name}-{fingerprint([model_fingerprint(model, tokenizer), task.name, task.version, limit, data])}.parquet"
-    table = _read(path)
+    name = fingerprint([model_fingerprint(model, tokenizer), task.name, task.version, limit, data])
+    path = Path(folder) / f"{task.name}-{name}.parquet" if folder else None
+    table = _read(path) if path else None
     if table is None:
-        parts = path.with_name(f".{path.stem}")
+        parts = path.with_name(f".{path.stem}") if path else None
         table = _judged(task, items, _scored(model, tokenizer, items, parts, task.name, show_progress))
-        _write(path, table)
-        shutil.rmtree(parts, ignore_errors=True)
-    return Result(task, items, table, limit, data)
+        if path and parts:
+            _write(path, table)
+            shutil.rmtree(parts, ignore_errors=True)
+    return Result(task, items, table, limit, data, path)
 
 
 def _judged(task: Task, items: list[Item], raw: pd.DataFrame) -> pd.DataFrame:
+    "The table of items, from what was scored."
     return pd.DataFrame([_judge(task, item, scored) for item, scored in zip(items, raw.to_dict("records"), strict=True)])
 
 # %% ../../nbs/62_evaluate.benchmarks.ipynb #ab5cb7aa
