@@ -2,11 +2,13 @@
 
 d = { 'settings': {'branch': 'main', 'doc_baseurl': '', 'doc_host': '', 'git_url': '', 'lib_path': 'stlm'},
   'syms': { 'stlm.cli': { 'stlm.cli._account': ('cli.html#_account', 'stlm/cli.py'),
+                          'stlm.cli._ask': ('cli.html#_ask', 'stlm/cli.py'),
                           'stlm.cli._config': ('cli.html#_config', 'stlm/cli.py'),
                           'stlm.cli._config_from': ('cli.html#_config_from', 'stlm/cli.py'),
                           'stlm.cli._data_of': ('cli.html#_data_of', 'stlm/cli.py'),
                           'stlm.cli._is_first': ('cli.html#_is_first', 'stlm/cli.py'),
                           'stlm.cli._load': ('cli.html#_load', 'stlm/cli.py'),
+                          'stlm.cli._measure': ('cli.html#_measure', 'stlm/cli.py'),
                           'stlm.cli._run_study': ('cli.html#_run_study', 'stlm/cli.py'),
                           'stlm.cli._watchers': ('cli.html#_watchers', 'stlm/cli.py'),
                           'stlm.cli.evaluate': ('cli.html#evaluate', 'stlm/cli.py'),
