@@ -86,8 +86,8 @@ class Core(nn.Module):
         "Run every layer of the plan."
         length, start = x.shape[1], cache.length if cache is not None else 0
         x = entered = self._enter(x, start if tree is None else tree.depths)
-        options = dict(positions=self.positions, cache=cache)
-        options |= dict(mask=self._mask(length, start, x.device)) if tree is None else dict(mask=self._tree_mask(tree), places=tree.depths)
+        mask, places = (self._mask(length, start, x.device), None) if tree is None else (self._tree_mask(tree), tree.depths)
+        options = dict(positions=self.positions, mask=mask, places=places, cache=cache)
         iteration = 0
         for slot, layer in enumerate(self.plan):
             if self.iterations is not None and layer.iteration > iteration:
