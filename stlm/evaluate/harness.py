@@ -345,7 +345,8 @@ def parity(model: LanguageModel,
            ) -> pd.DataFrame:                         # one row a task; the difference of log-probabilities is relative
     "Score benchmarks twice: with `evaluate.benchmarks`, and with the second model in lm-eval. Raises `StlmError` for an unknown task."
     with TemporaryDirectory() as folder:
-        present, second, rows = write_tasks(data_dir, folder), second_model(model, tokenizer), list[dict[str, Any]]()
+        present, second = write_tasks(data_dir, folder), second_model(model, tokenizer)
+        rows: list[dict[str, Any]] = []
         for name in tasks:
             known = name.removesuffix("_5shot")
             if known not in present or name not in TASKS:
