@@ -491,7 +491,7 @@ def _scored(model: LanguageModel,
         for number, portion in enumerate(_portions(items)):
             path = parts / f"{number:05}.parquet" if parts else None
             table = _read(path) if path else None
-            if table is None:
+            if table is None or len(table) != len(portion):
                 table = _score_portion(model, tokenizer, portion)
                 if path:
                     _write(path, table)
