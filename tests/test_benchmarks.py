@@ -17,7 +17,7 @@ from helpers import stlm
 from stlm.config import DataConfig, ModelConfig
 from stlm.data.tokenizers import Tokenizer, open_tokenizer
 from stlm.evaluate import benchmarks
-from stlm.evaluate.benchmarks import TASKS, Item, Row, Source, Task, choices, evaluate, load_items
+from stlm.evaluate.benchmarks import TASKS, Item, Row, Source, Task, choices, evaluate, load_items, open_model
 from stlm.foundation import StlmError
 from stlm.infer.scoring import score
 from stlm.model.lm import LanguageModel
@@ -302,6 +302,19 @@ def test_the_command(small: Path, subject: tuple, tmp_path: Path, monkeypatch: p
     for arguments, said in ((("--tasks", "helaswag"), "did you mean 'hellaswag'"), (("--tasks", "piqa"), "--data-dir")):
         code, _, errors = stlm("evaluate", "model", *arguments, cwd=tmp_path)
         assert code == 2 and said in errors and len(errors.strip().splitlines()) == 1
+
+
+def test_other_peoples_models_stand_in_the_same_table(small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("transformers", reason="the extra stlm[hf] is not installed")
+    from test_reference import save_tokenizer, tiny
+    monkeypatch.setenv("STLM_CACHE", str(tmp_path / "cache"))
+    tiny("GPTNeoX").save_pretrained(tmp_path / "theirs")
+    save_tokenizer(tmp_path / "theirs", None)
+    model, tokenizer, folder = open_model(f"hf:{tmp_path / 'theirs'}", "cpu")
+    result = evaluate(model, tokenizer, TASKS["winogrande"], small, folder=folder, show_progress=False)
+    assert result.path is not None and result.path.is_relative_to(tmp_path / "cache" / "evaluations") and result.path.exists()
+    expected = [each.logprob for each in score(model, tokenizer, [pair for item in result.items for pair in item.pairs])]
+    np.testing.assert_allclose(np.concatenate(result.table["logprob"].to_list()), expected, rtol=1e-4)
 
 
 def test_a_task_of_ones_own(tmp_path: Path, subject: tuple) -> None:

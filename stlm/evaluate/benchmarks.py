@@ -24,6 +24,7 @@ import torch
 
 from ..data.tokenizers import Tokenizer
 from ..foundation import StlmError, atomic_file, bits_of, cache_folder, did_you_mean, fingerprint, progress
+from ..hardware import pick_device
 from ..infer.scoring import score
 from ..model.lm import LanguageModel
 from ..pretrained import from_pretrained
@@ -490,7 +491,7 @@ def _scored(model: LanguageModel,
         for number, portion in enumerate(_portions(items)):
             path = parts / f"{number:05}.parquet" if parts else None
             table = _read(path) if path else None
-            if table is None:
+            if table is None or len(table) != len(portion):
                 table = _score_portion(model, tokenizer, portion)
                 if path:
                     _write(path, table)
@@ -534,7 +535,8 @@ def open_model(name: str | Path,    # a run's folder, the folder of a saved mode
     if str(name).startswith("hf:"):
         from stlm.evaluate.reference import load_reference
         known = str(name).removeprefix("hf:")
-        return *load_reference(known, device), cache_folder() / "evaluations" / known.strip("/").replace("/", "--")
+        model, tokenizer = load_reference(known)
+        return model.to(pick_device(device)), tokenizer, cache_folder() / "evaluations" / known.strip("/").replace("/", "--")
     folder = Path(name)
     return *from_pretrained(folder / "model" if (folder / "model").is_dir() else folder, device), folder
 
