@@ -225,7 +225,7 @@ def tokenizer_vocab_size(name: str # as in `DataConfig.tokenizer`
     raise ConfigError(f"data.tokenizer={name!r} is not possible; allowed: {allowed}")
 
 # %% ../nbs/01_config.ipynb #953a65ba
-Optimizer = Literal["adamw", "muon"]
+Optimizer = Literal["adamw", "muon", "schedulefree"]
 Schedule = Literal["cosine", "linear", "sqrt", "constant"]
 Shape = Literal["constant", "cut", "up", "down", "early", "late", "triangle"]
 Precision = Literal["auto", "fp32", "bf16"]
@@ -241,7 +241,8 @@ class TrainConfig:
     seconds: float = 0.0             # of training steps alone; how many fit is measured first; 0 = given by one of the others
     batch_size: int = 32             # windows in one optimizer step
     accumulation: int = 1            # parts that a batch is computed in, to save memory
-    optimizer: Optimizer = "adamw"   # adamw (Loshchilov and Hutter, 2017), or muon (Jordan et al., 2024) with adamw for all but matrices
+    optimizer: Optimizer = "adamw"   # adamw (Loshchilov and Hutter, 2017); muon (Jordan et al., 2024) with adamw for all but matrices;
+                                     # schedulefree (Defazio et al., 2024): adamw that averages instead of slowing down
     lr: float = 1e-3                 # peak learning rate
     matrix_lr: float = 0.02          # peak learning rate of muon's matrices
     embedding_lr: float = 1.0        # factor of the learning rate of embeddings
@@ -291,6 +292,9 @@ class TrainConfig:
         _require_each(self, "train.accumulation", lambda v: self.batch_size % v == 0, f"a divisor of train.batch_size={self.batch_size}")
         falls = self.schedule in ("linear", "sqrt")
         _require_each(self, "train.cooldown", lambda v: not falls or self.warmup + v <= 1, "at most 1 - train.warmup")
+        free = self.optimizer == "schedulefree"
+        _require_each(self, "train.schedule", lambda v: not free or v == "constant", "constant with train.optimizer=schedulefree")
+        _require_each(self, "train.ema train.cautious", lambda v: not (free and v), "0 with train.optimizer=schedulefree")
         _require_each(self, "train.schedule_turn", lambda v: 0 < v < 1, "more than 0, less than 1")
         _require(self.batch_schedule == "constant" or self.accumulation > 1, "train.batch_schedule", self.batch_schedule,
                  "constant with train.accumulation=1, since a batch changes by whole parts")
@@ -478,8 +482,8 @@ _WORDS = dict(patcher="space", window=64, ngram=3)
 # Five minutes on two cores are few FLOPs, so most of the 12.5M parameters sit where they cost none: in tables of n-grams.
 _RACE_MODEL = dict(n_layers=4, d_model=192, n_heads=3, n_kv_heads=3, d_ff=768, ffn="relu2", qk_norm=True, zero_init=True,
                    embedding_norm=True, residual_scalars=True, init_std=0.05)
-_RACE_TRAIN = dict(seconds=295, batch_size=4, optimizer="muon", lr=3e-3, matrix_lr=0.02, embedding_lr=3.0, weight_decay=0.0, clip=0.0,
-                   compile="on", schedule="linear", warmup=0.02, cooldown=0.6, min_lr_ratio=0.0, log_every=100)
+_RACE_TRAIN = dict(seconds=285, batch_size=4, optimizer="muon", lr=3e-3, matrix_lr=0.02, embedding_lr=3.0, weight_decay=0.0, clip=0.0,
+                   compile="on", schedule="linear", warmup=0.02, cooldown=0.6, min_lr_ratio=0.0, log_every=100, keep=1)
 
 PRESETS: dict[str, dict[str, dict[str, Any]]] = {
     "stlm-10m": {"model": dict(n_layers=6, d_model=320, n_heads=10, n_kv_heads=5, d_ff=960),

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from helpers import FORKS, command, error_in_fork, own_project, real_text, settings, small_run, stlm, tiny_run, train_in_fork
 from stlm.config import preset
@@ -323,6 +324,38 @@ def test_pooled_models_are_trained_like_all_others(project, overrides, tmp_path,
         trained = {name: p.clone() for name, p in first.model.body.patcher.named_parameters()}
         assert all(torch.equal(p, trained[name]) for name, p in model.body.patcher.named_parameters()), "a segmenter is frozen, and saved"
         assert 2 < whole.metrics["account"]["symbols_per_patch"] < 8, "the threshold was set for patches of 4"
+
+
+OPTIMIZERS = {"AdamW with caution": {"train.optimizer": "adamw", "train.cautious": True},
+              "Muon and an average": {"train.optimizer": "muon", "train.ema": 0.9, "train.schedule": "linear"},
+              "schedule-free": {"train.optimizer": "schedulefree", "train.schedule": "constant"}}
+
+
+@pytest.mark.parametrize("kind", OPTIMIZERS)
+def test_every_optimizer_goes_on_to_the_same_bits(overrides, tmp_path, kind):
+    """Killed between two validations, and however often it was scored: looking at a run changes nothing in it."""
+    config = preset("demo-bpe", tiny_run(overrides["data.corpus"]) | OPTIMIZERS[kind] | {"train.steps": 24, "train.eval_every": 5})
+    (tmp_path / "stopped").mkdir()
+    whole = train(config, tmp_path / "whole", show_progress=False)
+    first = Trainer(config, Run(tmp_path / "stopped"), prepare(config.data, show_progress=False), show_progress=False)
+    for _ in range(17):
+        first.step()
+        if first.progress.step % 5 == 0:
+            first.validate()
+    first.save()
+    again = train(config, tmp_path / "stopped", show_progress=False)
+    assert file_sha256(again.model_folder / "model.safetensors") == file_sha256(whole.model_folder / "model.safetensors")
+    for _ in range(3):
+        first.validate()
+    while first.progress.step < 24:
+        first.step()
+    first.save()
+    ends = [checkpoints(tmp_path / name / "checkpoint")[-1] / "model.safetensors" for name in ("stopped", "whole")]
+    assert file_sha256(ends[0]) == file_sha256(ends[1])
+    raw = load_file(ends[1])
+    scored = load_file(whole.model_folder / "model.safetensors")
+    averages = kind != "AdamW with caution"
+    assert averages == any(not torch.equal(raw[name], scored[name]) for name in scored)
 
 
 SHARED = {"model.n_layers": 4, "model.sharing.ffn": "all", "model.sharing.attention": "cycle", "model.sharing.free_ends": 1,

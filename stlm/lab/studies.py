@@ -22,12 +22,14 @@ from typing import Any, Literal
 import numpy as np
 import pandas as pd
 import papermill
+import torch
 import yaml
 
-from ..config import ConfigError, RunConfig, coerce, preset
+from ..config import ConfigError, RunConfig, coerce, preset, to_dict
 from ..data.shards import Dataset, prepare
 from ..evaluate.bits import bits_per_byte
-from ..foundation import StlmError, bits_of, cores, did_you_mean, progress, project_folder, write_json, write_text
+from ..foundation import (StlmError, bits_of, cache_folder, cores, did_you_mean, fingerprint, progress, project_folder,
+                          write_json, write_text)
 from ..hardware import describe
 from .reports import publish
 from .statistics import Difference, difference_over_documents, difference_over_seeds, in_words
@@ -359,9 +361,19 @@ def equal_budgets(base: str,                                # the preset that th
     if budget == "flops":
         cost = {arm: _trainer(config, tempfile.gettempdir()).account().training_flops_per_byte for arm, config in configs.items()}
     if budget == "seconds":
-        cost = dict(1 / measure_speed(configs)["bytes_per_second"])
+        cost = {arm: 1 / speed for arm, speed in _known_speeds(configs).items()}
     first = next(iter(cost.values()))
     return {arm: {**overrides, "train.bytes": round(n_bytes * first / cost[arm])} for arm, overrides in arms.items()}
+
+
+def _known_speeds(configs: Mapping[str, RunConfig]) -> dict[str, float]: # measured once: a repeated study must find its runs again
+    machine = {name: value for name, value in describe().items() if name in ("cpu", "cores", "gpus")}
+    arms = {arm: to_dict(config) for arm, config in configs.items()}
+    key = fingerprint({"machine": machine, "threads": torch.get_num_threads(), "arms": arms})
+    path = cache_folder() / "speeds" / f"{key}.json"
+    if not path.exists():
+        write_json(path, dict(measure_speed(configs, rounds=50)["bytes_per_second"]))  # an error here is one in every result
+    return json.loads(path.read_text("utf-8"))
 
 # %% ../../nbs/72_lab.studies.ipynb #7992c727
 def conclude(study: Study,

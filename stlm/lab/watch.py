@@ -43,8 +43,10 @@ class Samples(Watcher):
 
     def _write(self) -> None:
         model, tokenizer = self.trainer.model, self.trainer.dataset.tokenizer
-        for seed, prompt in enumerate(self.prompts):
-            text = generate(model, tokenizer, prompt, max_tokens=self.max_tokens, temperature=self.temperature, seed=seed)
+        with self.trainer.scored_weights():
+            texts = [generate(model, tokenizer, prompt, max_tokens=self.max_tokens, temperature=self.temperature, seed=seed)
+                     for seed, prompt in enumerate(self.prompts)]
+        for prompt, text in zip(self.prompts, texts, strict=True):
             self.trainer.note("samples", {"prompt": prompt, "text": text})
 
 # %% ../../nbs/75_lab.watch.ipynb #62e8e267

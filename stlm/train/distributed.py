@@ -128,6 +128,10 @@ def travelling(objective: Objective, # as from `averaged`
 # %% ../../nbs/39_train.distributed.ipynb #970ee67c
 PATIENCE = timedelta(hours=24)  # one process may prepare the text of a run while the others wait
 
+# Whoever drops a group last waits for its threads. If that is a model in `DistributedDataParallel`, kept alive by the traceback of an error
+# that ended a run, it waits with Python's lock in its hand, and a thread that needs the lock to let go of a gradient waits for it, forever.
+_left: list[dist.ProcessGroup | None] = []
+
 
 @contextmanager
 def connected() -> Iterator[World]:
@@ -145,6 +149,7 @@ def connected() -> Iterator[World]:
         raise
     finally:
         if dist.is_initialized():
+            _left.append(dist.group.WORLD)
             dist.destroy_process_group()
 
 

@@ -39,7 +39,7 @@ from ..model.patches import EntropyPatcher, segmenter_config
 from ..pretrained import from_pretrained, save_pretrained
 from .checkpoints import CheckpointWriter, load_checkpoint
 from .distributed import Objective, World, averaged, connected, share_of, travelling
-from .optimizers import Average, make_optimizer, set_learning_rate, set_weight_decay
+from .optimizers import Average, best_of, make_optimizer, set_learning_rate, set_weight_decay
 from .records import Run, append_log, begin, cut_log, locked, read_log
 from .schedules import batch_starts, learning_rate, loops_run, planned_steps, share
 
@@ -421,8 +421,8 @@ class Trainer:
         return None if self.average is None else self.average.weights
 
     def scored_weights(self) -> AbstractContextManager[None]:
-        "While it lasts, the model has the weights that are scored and saved: the average, where the run keeps one."
-        return nullcontext() if self.average is None else self.average.in_place()
+        "While it lasts, the model has the weights that are scored and saved: the average, where the run or its optimizer keeps one."
+        return best_of(self.optimizer) if self.average is None else self.average.in_place()
 
     def validate(self) -> dict[str, float]:
         "Bits per byte on the first windows of the validation text, with a line in the log."
