@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['app', 'PresetOption', 'SetOption', 'ModelArgument', 'NotebookArgument', 'ParameterOption', 'prepare', 'train',
-           'evaluate', 'generate', 'info', 'runs', 'study', 'report', 'main']
+           'evaluate', 'generate', 'lm_eval', 'parity', 'info', 'runs', 'study', 'report', 'main']
 
 # %% ../nbs/90_cli.ipynb #3b53f267
 import os
@@ -169,6 +169,28 @@ def generate(folder: ModelArgument,
     for piece in stream(model, tokenizer, prompt, max_tokens=max_tokens, temperature=temperature, top_k=top_k, top_p=top_p, seed=seed):
         print(piece, end="", flush=True)
     print()
+
+# %% ../nbs/90_cli.ipynb #d42d44fd
+@app.command("lm-eval", add_help_option=False, context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
+def lm_eval(context: typer.Context) -> None:
+    "lm-evaluation-harness with its own arguments; --model stlm --model_args path=MODEL is a model of this project."
+    from stlm.evaluate.harness import run_command
+    run_command(context.args)
+
+
+@app.command()
+def parity(name: Annotated[str, typer.Argument(metavar="MODEL", help="A run's folder, or the folder of a saved model.")],
+           data_dir: Annotated[Path, typer.Option(help="Folder with the benchmarks as files.")],
+           tasks: Annotated[str, typer.Option(help="Some of blimp, hellaswag, arc_easy, winogrande, mmlu, mmlu_5shot, separated by commas; "
+                                                   "all = the first five.")] = "all",
+           limit: Annotated[int, typer.Option(min=0, help="Questions of each paradigm, subject or other task; 0 = all.")] = 0,
+           device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:N or mps.")] = "cpu") -> None:
+    "Score benchmarks here and with lm-evaluation-harness, by two ways through the model, and show the differences."
+    from stlm.evaluate.benchmarks import find_tasks, open_model
+    from stlm.evaluate.harness import parity as compare
+    model, tokenizer, _ = open_model(name, device)
+    table = compare(model, tokenizer, data_dir, [task.name for task in find_tasks(tasks)], limit, show_progress=True)
+    print(table.to_string(index=False))
 
 # %% ../nbs/90_cli.ipynb #fd2511cd
 @app.command()
