@@ -193,8 +193,8 @@ def check_steps(model: LanguageModel, ids: Tensor, pieces: Sequence[int]) -> Non
 
 def check_batches(model: LanguageModel, sequences: Sequence[Sequence[int]]) -> None:
     "A text is scored alike alone, padded beside others, and in a row with texts that begin as it does."
-    turned = [[*sequence[:len(sequence) // 2], *sequence[:len(sequence) // 2 - 1:-1]] for sequence in sequences]
-    sequences = [*sequences, *turned, *(sequence[:-3] for sequence in turned), *sequences]
+    longest = sequences[0]
+    sequences = [*sequences, [*longest[:9], *longest[:8:-1]], longest[:11], longest]
     first = [1] * len(sequences)
     alone = [token_logprobs(model, [sequence], [1])[0] for sequence in sequences]
     for one, other in zip(alone, token_logprobs(model, sequences, first), strict=True):
