@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['app', 'PresetOption', 'SetOption', 'ModelArgument', 'NotebookArgument', 'ParameterOption', 'prepare', 'train',
-           'evaluate', 'generate', 'info', 'runs', 'study', 'report', 'main']
+           'evaluate', 'generate', 'lm_eval', 'parity', 'info', 'runs', 'study', 'report', 'main']
 
 # %% ../nbs/90_cli.ipynb #3b53f267
 import os
@@ -94,17 +94,31 @@ def _is_first() -> bool: # of the processes that train one model; `torchrun` num
 
 # %% ../nbs/90_cli.ipynb #6e972b60
 @app.command()
-def evaluate(folder: ModelArgument,
+def evaluate(name: Annotated[str, typer.Argument(metavar="MODEL", help="A run's folder, the folder of a saved model, or hf:NAME for one of "
+                                                                       "Hugging Face.")],
+             tasks: Annotated[str, typer.Option(help="Benchmarks instead of bits per byte, separated by commas: blimp, hellaswag, "
+                                                     "arc_easy, winogrande, mmlu (all = these five), and others.")] = "",
+             limit: Annotated[int, typer.Option(min=0, help="Questions of a benchmark, of each of its finest groups where it has groups; "
+                                                            "0 = all.")] = 0,
+             data_dir: Annotated[Optional[Path], typer.Option(help="Folder with the benchmarks as files; the hub if not given.")] = None,  # noqa: UP045
              settings: SetOption = None,
              split: Annotated[str, typer.Option(help="validation or test.")] = "validation",
              max_bytes: Annotated[int, typer.Option(help="Stop after this many raw bytes of documents; 0 = all.")] = 1_000_000,
              stride: Annotated[int, typer.Option(help="Symbols between windows; 0 = windows do not overlap.")] = 0,
              device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:N or mps.")] = "auto") -> None:
-    "Bits per byte on held-out documents: of the run's own corpus, or of another one with --set data.corpus=…"
+    "Bits per byte on held-out documents: of the run's own corpus, or of another one with --set data.corpus=…; or benchmarks, with --tasks."
+    if tasks:
+        _ask(name, tasks, limit, data_dir, device)
+    else:
+        _measure(name, settings, split, max_bytes, stride, device)
+
+
+def _measure(name: str, settings: list[str] | None, split: str, max_bytes: int, stride: int, device: str) -> None: # bits per byte
     from stlm.data.shards import prepare as prepare_data
+    from stlm.evaluate.benchmarks import open_model
     from stlm.evaluate.bits import bits_per_byte
     from stlm.lab.studies import first_documents
-    model, tokenizer = _load(folder, device)
+    model, tokenizer, folder = open_model(name, device)
     dataset = prepare_data(_data_of(folder, settings))
     texts = first_documents(dataset, split, max_bytes or sys.maxsize)
     bits = bits_per_byte(model, tokenizer, texts, stride=stride or None)
@@ -115,6 +129,21 @@ def evaluate(folder: ModelArgument,
     output = folder / f"bits_{split}.json"
     write_json(output, figures | {"corpus": dataset.manifest["corpus"]["name"], "data": dataset.fingerprint, "split": split})
     print(f"wrote {output}")
+
+
+def _ask(name: str, names: str, limit: int, data_dir: Path | None, device: str) -> None: # benchmarks
+    from stlm.evaluate.benchmarks import evaluate as ask, find_tasks, open_model, results_table
+    from stlm.hardware import describe
+    tasks = find_tasks(names)
+    model, tokenizer, folder = open_model(name, device)
+    summaries = [ask(model, tokenizer, task, data_dir, limit, folder / "evaluations").summary() for task in tasks]
+    print(results_table(summaries).to_string(index=False))
+    print("in percent; ± one standard error of acc; cut: questions longer than the model's context")
+    given = {"--tasks": names, "--limit": limit, "--data-dir": data_dir}
+    command = shlex.join(["stlm", "evaluate", name, *(word for option, value in given.items() if value for word in (option, str(value)))])
+    output = folder / "evaluations" / "benchmarks.json"
+    write_json(output, {"model": name, "command": command, "tasks": summaries, "environment": describe()})
+    print(f"wrote {output}, and every question beside it")
 
 
 def _data_of(folder: Path, settings: list[str] | None) -> Any:
@@ -140,6 +169,28 @@ def generate(folder: ModelArgument,
     for piece in stream(model, tokenizer, prompt, max_tokens=max_tokens, temperature=temperature, top_k=top_k, top_p=top_p, seed=seed):
         print(piece, end="", flush=True)
     print()
+
+# %% ../nbs/90_cli.ipynb #d42d44fd
+@app.command("lm-eval", add_help_option=False, context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
+def lm_eval(context: typer.Context) -> None:
+    "lm-evaluation-harness with its own arguments; --model stlm --model_args path=MODEL is a model of this project."
+    from stlm.evaluate.harness import run_command
+    run_command(context.args)
+
+
+@app.command()
+def parity(name: Annotated[str, typer.Argument(metavar="MODEL", help="A run's folder, or the folder of a saved model.")],
+           data_dir: Annotated[Path, typer.Option(help="Folder with the benchmarks as files.")],
+           tasks: Annotated[str, typer.Option(help="Some of blimp, hellaswag, arc_easy, winogrande, mmlu, mmlu_5shot, separated by commas; "
+                                                   "all = the first five.")] = "all",
+           limit: Annotated[int, typer.Option(min=0, help="Questions of each paradigm, subject or other task; 0 = all.")] = 0,
+           device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:N or mps.")] = "cpu") -> None:
+    "Score benchmarks here and with lm-evaluation-harness, by two ways through the model, and show the differences."
+    from stlm.evaluate.benchmarks import find_tasks, open_model
+    from stlm.evaluate.harness import parity as compare
+    model, tokenizer, _ = open_model(name, device)
+    table = compare(model, tokenizer, data_dir, [task.name for task in find_tasks(tasks)], limit, show_progress=True)
+    print(table.to_string(index=False))
 
 # %% ../nbs/90_cli.ipynb #fd2511cd
 @app.command()

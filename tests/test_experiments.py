@@ -4,11 +4,15 @@ import json
 
 import pandas as pd
 import pytest
+import torch
 
 from helpers import own_project, real_text, settings, small_run, stlm
-from stlm.config import ConfigError
+from stlm.config import ConfigError, DataConfig, ModelConfig
+from stlm.data.tokenizers import open_tokenizer
 from stlm.foundation import StlmError
 from stlm.lab.studies import Study, find_notebook, run_notebook
+from stlm.model.lm import LanguageModel
+from stlm.pretrained import save_pretrained
 from stlm.train.records import Run
 
 
@@ -127,6 +131,31 @@ def test_throughput(project, overrides):
     assert (results.loc[code, ["training_symbols_per_second", "mfu"]] > 0).all(axis=None)
     sizes = results.loc[["flat bytes", "pooled bytes"], "unique_parameters"]
     assert sizes.max() < 1.03 * sizes.min()
+
+
+def test_the_report_card(project, tmp_path):
+    torch.manual_seed(0)
+    tokenizer = open_tokenizer(DataConfig(tokenizer="bytes"))
+    shape = ModelConfig(vocab_size=tokenizer.vocab_size, context=128, n_layers=1, d_model=16, n_heads=2, n_kv_heads=1, d_ff=32)
+    for name in ("first", "second"):
+        save_pretrained(tmp_path / name, LanguageModel(shape), tokenizer)
+    pairs = [{"sentence_good": f"The {noun}s {verb}.", "sentence_bad": f"The {noun}s {verb}s.", "field": "morphology", "UID": verb,
+              "linguistics_term": "subject_verb_agreement"} for noun in ("dog", "bird", "girl") for verb in ("sing", "run")]
+    exams = [{"subject": subject, "question": f"What is {n} and {n}?", "choices": [str(2 * n), "9", "7", "5"], "answer": 0}
+             for subject in ("anatomy", "virology") for n in range(3)]
+    for name, rows in {"blimp": pairs, "mmlu_test": exams}.items():
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    parameters = {"models": json.dumps([f"small: {tmp_path / 'first'}", str(tmp_path / "second")]), "tasks": "blimp,mmlu", "limit": 2,
+                  "data_dir": tmp_path, "corpora": json.dumps([real_text(tmp_path)]), "score_bytes": 3000, "prompts": '["The"]'}
+    code, _, errors = stlm("report", "evaluate", *given(parameters), cwd=project)
+    assert code == 0, errors[-2000:]
+    results = pd.read_csv(project / "reports" / "evaluate" / "results.csv").set_index("arm")
+    assert list(results.index) == ["small", "second"] and set(results["blimp_n_items"]) == set(results["mmlu_n_items"]) == {4}
+    assert results["blimp_acc"].between(0, 1).all() and results["bits_per_byte_licence.txt"].between(1, 40).all()
+    page = (project / "reports" / "evaluate" / "index.html").read_text()
+    assert "strongest rival" in page and "chance" in page and "The first 2 questions" in page
+    figures = project / "reports" / "evaluate" / "figures"
+    assert {path.stem for path in figures.iterdir()} == {"accuracy", "blimp-phenomena", "mmlu-categories"}
 
 
 def test_the_commands(project, overrides):

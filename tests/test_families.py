@@ -192,9 +192,11 @@ def check_steps(model: LanguageModel, ids: Tensor, pieces: Sequence[int]) -> Non
 
 
 def check_batches(model: LanguageModel, sequences: Sequence[Sequence[int]]) -> None:
-    "A text is scored alike alone and padded beside others."
+    "A text is scored alike alone, padded beside others, and in a row with texts that begin as it does."
+    longest = sequences[0]
+    sequences = [*sequences, [*longest[:9], *longest[:8:-1]], longest[:11], longest]
     first = [1] * len(sequences)
-    alone = token_logprobs(model, sequences, first, max_tokens_in_batch=1)
+    alone = [token_logprobs(model, [sequence], [1])[0] for sequence in sequences]
     for one, other in zip(alone, token_logprobs(model, sequences, first), strict=True):
         np.testing.assert_allclose(one, other, rtol=1e-4, atol=TOLERANCE)
 

@@ -1,11 +1,13 @@
 "Scoring, generation and bits per byte agree with one another and with the full forward pass, for every kind of positions and tokenizer."
 import typing
+from collections.abc import Iterator
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 
-from stlm.config import DataConfig, ModelConfig, Positions
+from stlm.config import DataConfig, ModelConfig, PatchConfig, Positions
 from stlm.data.tokenizers import Tokenizer, open_tokenizer
 from stlm.evaluate.bits import bits_per_byte
 from stlm.infer.generate import Sampling, generate, steps, stream
@@ -77,12 +79,49 @@ def test_scores_do_not_depend_on_the_batch(model: LanguageModel, tokenizer: Toke
     model.train()  # dropout must not act, and the mode must come back
     sequences = [[tokenizer.eot_id, *tokenizer.encode(text)][:CONTEXT + 1] for text in TEXTS]
     first = [max(1, len(sequence) // 3) for sequence in sequences]
-    alone = token_logprobs(model, sequences, first, max_tokens_in_batch=1)
+    alone = [token_logprobs(model, [sequence], [start])[0] for sequence, start in zip(sequences, first, strict=True)]
     for limit, order in ((10_000, 1), (100, 1), (10_000, -1)):
         together = token_logprobs(model, sequences[::order], first[::order], max_tokens_in_batch=limit)[::order]
         for one, other in zip(alone, together, strict=True):
             np.testing.assert_allclose(one, other, atol=1e-3)
     assert model.training
+
+
+def branches(random: np.random.Generator) -> Iterator[tuple[str, str]]:
+    "Pairs as benchmarks have them, drawn at random: contexts that begin alike, several continuations, letters, duplicates, long ones."
+    words = "".join(TEXTS).split(" ")
+    beginnings = [""]
+    for _ in range(20):
+        further = " ".join(random.choice(words, random.integers(1, 4)))
+        beginnings.append(str(random.choice(beginnings)) + further + random.choice(["", " "]))
+    for context in random.choice(beginnings, 40):
+        yield str(context), " " + " ".join(random.choice(words, random.integers(1, 6)))
+    yield from (("Question: The\nAnswer:", f" {letter}") for letter in "ABCDA")
+    yield from (("", "The quick" + end) for end in (" brown", " ", " brown fox", " brown"))
+    yield TEXTS[0], " fox"
+    yield "x", TEXTS[0]
+
+
+def check_sharing(model: LanguageModel, tokenizer: Tokenizer) -> None:
+    "Scores are those of each pair alone, whatever else is asked and in which order."
+    pairs = list(branches(np.random.default_rng(len(tokenizer.name))))
+    alone = [score(model, tokenizer, [pair])[0] for pair in pairs]
+    for order in (1, -1):
+        together = score(model, tokenizer, pairs[::order])[::order]
+        np.testing.assert_allclose([each.logprob for each in together], [each.logprob for each in alone], rtol=1e-5, atol=1e-4)
+        assert [replace(each, logprob=0) for each in together] == [replace(each, logprob=0) for each in alone]
+    assert alone[-1].truncated and alone[-2].truncated and not all(each.truncated for each in alone)
+
+
+def test_what_is_shared_changes_no_score(model: LanguageModel, tokenizer: Tokenizer) -> None:
+    check_sharing(model, tokenizer)
+
+
+@pytest.mark.parametrize("changes", [dict(ngram=3, ngram_buckets=500), dict(patches=PatchConfig(patcher="space", d_local=32, n_heads=2))])
+def test_what_is_shared_changes_no_score_of_bytes(changes: dict) -> None:
+    torch.manual_seed(0)
+    config = ModelConfig(vocab_size=257, context=CONTEXT, n_layers=2, d_model=32, n_heads=4, n_kv_heads=2, d_ff=64, init_std=0.3)
+    check_sharing(LanguageModel(replace(config, **changes)), open_tokenizer(DataConfig(tokenizer="bytes")))
 
 
 def test_a_score_agrees_with_bits_per_byte(model: LanguageModel, tokenizer: Tokenizer) -> None:

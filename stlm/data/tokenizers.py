@@ -42,6 +42,7 @@ class Tokenizer(ABC):
     eot_id: int             # the end-of-text symbol
     fingerprint: str        # names the vocabulary and how it is applied, 16 hexadecimal digits
     token_bytes: np.ndarray # (vocab_size,) raw bytes that each symbol stands for; 0 for end of text
+    opening: tuple[int, ...] = () # what the model was taught to see before a text that is not empty, besides the text; here nothing
 
     def __init__(self,
                  name: str,           # as in `DataConfig.tokenizer`

@@ -12,9 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from ..config import ModelConfig
-from .attention import Attention, KVCache, causal_mask
+from .attention import Attention, KVCache, Tree, causal_mask
 from .layers import FeedForward, LayerDrop, corrections, make_dropout, make_norm, run_block
-from .positions import make_positions
+from .positions import Start, make_positions
 from .sharing import Layer, plan, users
 
 # %% ../../nbs/24_model.core.ipynb #ff701af4
@@ -80,12 +80,14 @@ class Core(nn.Module):
                                for network, is_shared in zip(networks, shared, strict=True)))
 
     def forward(self, x: Tensor,              # (B, T, d_model) symbol embeddings
-                cache: KVCache | None = None  # what was read before, with as many layers as the plan; grows by T
+                cache: KVCache | None = None, # what was read before, with as many layers as the plan; grows by T
+                tree: Tree | None = None      # how the texts of each row begin alike, without a cache; None = a row is a text
                 ) -> Tensor:                  # (B, T, d_model), normalised
         "Run every layer of the plan."
         length, start = x.shape[1], cache.length if cache is not None else 0
-        x = entered = self._enter(x, start)
-        options = dict(positions=self.positions, mask=self._mask(length, start, x.device), cache=cache)
+        x = entered = self._enter(x, start if tree is None else tree.depths)
+        mask, places = (self._mask(length, start, x.device), None) if tree is None else (self._tree_mask(tree), tree.depths)
+        options = dict(positions=self.positions, mask=mask, places=places, cache=cache)
         iteration = 0
         for slot, layer in enumerate(self.plan):
             if self.iterations is not None and layer.iteration > iteration:
@@ -98,7 +100,7 @@ class Core(nn.Module):
             cache.advance(length)
         return self.norm(x)
 
-    def _enter(self, x: Tensor, start: int) -> Tensor: # (B, T, d_model) -> the same
+    def _enter(self, x: Tensor, start: Start) -> Tensor: # (B, T, d_model) -> the same
         x = self.positions.embed(x, start)
         return self.dropout(x if self.embedding_norm is None else self.embedding_norm(x))
 
@@ -116,6 +118,10 @@ class Core(nn.Module):
         if bias is not None or start == 0 or length == 1:
             return bias
         return causal_mask(length, start, device)
+
+    def _tree_mask(self, tree: Tree) -> Tensor: # (B, 1 or n_heads, T, T)
+        bias, sees = self.positions.bias(tree.depths.shape[1], tree.depths), tree.sees[:, None]
+        return sees if bias is None else bias.masked_fill(~sees, -torch.inf)
 
 # %% ../../nbs/24_model.core.ipynb #38f30f3f
 def init_weights(module: nn.Module,  # a model or a part of one

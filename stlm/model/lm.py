@@ -16,7 +16,7 @@ from torch.utils.checkpoint import checkpoint
 
 from ..config import ModelConfig
 from ..foundation import StlmError
-from .attention import KVCache
+from .attention import KVCache, Tree
 from .core import Core, init_weights
 from .layers import Dropout
 from .local import LocalStack
@@ -65,15 +65,19 @@ class FlatStack(nn.Module):
         return self.embedding.weight
 
     def forward(self, ids: Tensor,            # (B, T) symbols
-                cache: KVCache | None = None  # what was read before; grows by T
+                cache: KVCache | None = None, # what was read before; grows by T
+                tree: Tree | None = None      # how the texts of each row begin alike
                 ) -> tuple[Tensor, None]:     # (B, T, d_model or embedding_rank); there are no patches
         "Embed, run the stack."
-        return self.head_projection(self.core(self._embed(ids, cache), cache)), None
+        return self.head_projection(self.core(self._embed(ids, cache, tree), cache, tree)), None
 
-    def _embed(self, ids: Tensor, cache: KVCache | None) -> Tensor: # (B, T, d_model)
+    def _embed(self, ids: Tensor, cache: KVCache | None, tree: Tree | None) -> Tensor: # (B, T, d_model)
         x = self.embedding_projection(self.embedding(ids))
         if self.ngrams is None:
             return x
+        if tree is not None:
+            longest = self.ngrams.longest
+            return x + self.ngrams(tree.recent(ids, longest).flatten(0, 1), longest - 1).view_as(x)
         known = ids if cache is None else cache.remember(ids, self.ngrams.longest - 1)
         return x + self.ngrams(known, known.shape[1] - ids.shape[1])
 
@@ -101,6 +105,11 @@ class LanguageModel(nn.Module):
         "The matrix that scores symbols, (vocab_size, width of `hidden`); the embedding's own where the head is tied."
         return self.body.embedding_weight if self.head is None else self.head.weight
 
+    @property
+    def reads_trees(self) -> bool:
+        "Whether texts with a common beginning can share a row; the patches of a pooled model run one text a row."
+        return not self.config.is_pooled
+
     def _run(self, ids: Tensor, cache: KVCache | PatchCache | None) -> tuple[Tensor, Cuts | None]: # as `hidden`, and where patches ended
         if cache is not None:
             cache.require_room(ids)
@@ -110,10 +119,18 @@ class LanguageModel(nn.Module):
         return self.body(ids, cache)
 
     def hidden(self, ids: Tensor,                         # (B, T) symbols
-               cache: KVCache | PatchCache | None = None  # what was read before; grows by T
+               cache: KVCache | PatchCache | None = None, # what was read before; grows by T
+               tree: Tree | None = None                   # how the texts of each row begin alike; None = a row is a text
                ) -> Tensor:                               # (B, T, width)
-        "Vectors whose products with `head_weight` are the logits. Raises `StlmError` where input and cache exceed `context`."
-        return self._run(ids, cache)[0]
+        "Vectors whose products with `head_weight` are the logits. Raises `StlmError` where a text exceeds `context`."
+        return self._run(ids, cache)[0] if tree is None else self._run_tree(ids, tree)
+
+    def _run_tree(self, ids: Tensor, tree: Tree) -> Tensor:
+        length = int(tree.depths.max()) + 1
+        if not self.reads_trees or length > self.config.context:
+            raise StlmError(f"a tree of texts up to {length} symbols needs a flat model with a context as long; this one is "
+                            f"{'pooled' if self.config.is_pooled else 'flat'}, with model.context={self.config.context}")
+        return self.body(ids, tree=tree)[0]
 
     def forward(self, ids: Tensor,                         # (B, T) symbols
                 cache: KVCache | PatchCache | None = None  # what was read before; grows by T

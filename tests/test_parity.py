@@ -1,0 +1,141 @@
+"""Every score is the one that lm-evaluation-harness gives, for every family, on a sample of every benchmark.
+
+lm-eval asks a second model, which shares no code with the scorer: Hugging Face's Llama with the same weights where there is one, else a
+plain forward pass, one request at a time. It builds its own questions, cuts its own strings and counts its own hits.
+"""
+import json
+import lzma
+import os
+import subprocess
+import sys
+import warnings
+from collections import Counter
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+
+from stlm.cli import app
+from stlm.config import ModelConfig, PatchConfig
+from stlm.data.tokenizers import ByteTokenizer, MarkedTokenizer, Tokenizer, train_bpe
+from stlm.model.lm import LanguageModel
+from stlm.pretrained import save_pretrained
+
+pytest.importorskip("lm_eval", reason="lm-eval is not installed; pip install 'stlm[harness]' brings it")
+
+from stlm.evaluate.harness import HarnessModel, parity, second_model, write_tasks
+
+SHARED = Path(os.environ.get("STLM_SHARED_DATA", "nowhere")) / "benchmarks"
+SAMPLES = {"blimp": ("UID", {"adjunct_island", "npi_present_1"}), "mmlu_test": ("subject", {"anatomy", "college_mathematics"}),
+           "mmlu_dev": ("subject", {"anatomy", "college_mathematics"}), "hellaswag_val": ("", {""}), "arc_easy_train": ("", {""}),
+           "arc_easy_test": ("", {""}), "winogrande_dev": ("", {""})}
+EACH = 5  # items of each paradigm, subject or other task
+
+TEXT = (Path(__file__).resolve().parents[1] / "LICENSE").read_text("utf-8")
+SIZES = dict(n_layers=2, d_model=48, n_heads=4, n_kv_heads=2, d_ff=96, init_std=0.1)
+FAMILIES = {"bpe:400": dict(context=192), "bytes": dict(context=384), "bytes+bpe:400": dict(context=448, patches=PatchConfig(
+                patcher="marks", max_size=8, d_local=32, n_heads=2, d_ff=64)),
+            "bytes pooled": dict(context=384, patches=PatchConfig(patcher="space", d_local=32, n_heads=2, d_ff=64, window=32, ngram=3))}
+
+
+@pytest.fixture(scope="module")
+def samples(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    "The first items of every benchmark, in the hub's columns."
+    if not SHARED.is_dir():
+        pytest.skip("no benchmarks are at hand; STLM_SHARED_DATA names a folder that holds them")
+    folder = tmp_path_factory.mktemp("benchmarks")
+    for name, (column, wanted) in SAMPLES.items():
+        seen: Counter[str] = Counter()
+        with lzma.open(SHARED / f"{name}.jsonl.xz", "rt", encoding="utf-8") as lines, open(folder / f"{name}.jsonl", "w") as file:
+            for line in lines:
+                group = json.loads(line)[column] if column else ""
+                if group in wanted and seen[group] < EACH:
+                    file.write(line)
+                    seen[group] += 1
+                if seen.total() == EACH * len(wanted):
+                    break
+    return folder
+
+
+def tokenizer_of(name: str) -> Tokenizer:
+    "A tokenizer; byte pairs are learned from the licence."
+    if name.startswith("bytes+"):
+        return MarkedTokenizer(tokenizer_of(name.removeprefix("bytes+")))
+    return train_bpe(name, [TEXT]) if name.startswith("bpe") else ByteTokenizer()
+
+
+CASES = [("bpe:400", False), ("bpe:400", True), ("bytes", True), ("bytes pooled", False), ("bytes pooled", True), ("bytes+bpe:400", True)]
+
+
+@pytest.fixture(scope="module", params=CASES, ids=lambda case: f"{case[0]}, {'trained' if case[1] else 'untrained'}")
+def pair(request: pytest.FixtureRequest) -> tuple[LanguageModel, Tokenizer]:
+    "A model as it starts, or after some steps on the licence, which take it far from equal probabilities."
+    name, trained = request.param
+    if name.startswith("bpe"):
+        pytest.importorskip("accelerate", reason="lm-eval's hf backend needs accelerate; pip install 'stlm[harness]' brings it")
+    tokenizer = tokenizer_of(name.removesuffix(" pooled"))
+    torch.manual_seed(0)
+    model = LanguageModel(ModelConfig(vocab_size=tokenizer.vocab_size, **SIZES | FAMILIES[name]))
+    if trained:
+        symbols = torch.tensor(tokenizer.encode(TEXT))
+        optimizer = torch.optim.AdamW(model.parameters(), lr=5e-3)
+        for _ in range(40):
+            window = symbols[torch.randint(len(symbols) - 129, (4, 1)) + torch.arange(129)]
+            loss = model.objective(window[:, :-1], window[:, 1:])[0]
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+    return model.eval(), tokenizer
+
+
+def test_benchmarks_are_scored_as_lm_eval_scores_them(pair: tuple[LanguageModel, Tokenizer], samples: Path) -> None:
+    table = parity(*pair, samples, ["blimp", "hellaswag", "arc_easy", "winogrande", "mmlu", "mmlu_5shot"]).set_index("task")
+    assert table["questions"].tolist() == [10, 5, 5, 5, 10, 10] and (table["other strings"] == 0).all()
+    assert table["largest difference"].max() < 1e-4
+    assert table["ties"]["blimp"] == 0  # the one case in which accuracies may differ
+    assert table["acc"].tolist() == table["acc lm-eval"].tolist()
+    normed = table.loc[["hellaswag", "arc_easy"]]
+    assert normed["acc_norm"].tolist() == normed["acc_norm lm-eval"].tolist()
+    assert (table["second"] == ("HFLM" if pair[1].name == "bpe:400" else "PlainModel")).all()
+
+
+UNUSUAL = [("", " word"), ("", "naïve café 🙂"), ("Question: why?\nAnswer: ", "because"), ("two  blanks  ", " x"), ("a\n\n", "\nb"),
+           ("清单", "是"), ("cut " * 150, "at the left"), ("the", "m"), ("x", " 1234567890" * 5)]
+
+
+def test_unusual_requests_are_answered_as_lm_eval_answers_them(pair: tuple[LanguageModel, Tokenizer]) -> None:
+    requests = [SimpleNamespace(args=each) for each in UNUSUAL]
+    texts = [SimpleNamespace(args=(text,)) for text in (TEXT[:1500], "One line.", TEXT[:192], TEXT[:193])]
+    ours, theirs = HarnessModel(pair), second_model(*pair)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # the context that is cut is cut on purpose
+        nats, greedy = zip(*ours.loglikelihood(requests, disable_tqdm=True), strict=True)
+    expected_nats, expected_greedy = zip(*theirs.loglikelihood(requests, disable_tqdm=True), strict=True)
+    np.testing.assert_allclose(nats, expected_nats, rtol=1e-4)
+    assert list(greedy) == list(expected_greedy)
+    rolled = [lm.loglikelihood_rolling(texts, disable_tqdm=True) for lm in (ours, theirs)]
+    np.testing.assert_allclose(*rolled, rtol=1e-4)
+
+
+def test_lm_eval_is_left_alone_until_it_is_asked_for() -> None:
+    code = "import sys, stlm, stlm.cli, stlm.evaluate.benchmarks; print({'lm_eval', 'evaluate', 'datasets'} & sys.modules.keys())"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "set()"
+    import evaluate
+    assert "stlm" not in evaluate.__name__ and Path(evaluate.__file__).parent.name == "evaluate"  # lm-eval's, not the room of this name
+
+
+def test_the_command_is_lm_evals_own(samples: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+                                     capsys: pytest.CaptureFixture[str]) -> None:
+    model = LanguageModel(ModelConfig(vocab_size=257, **SIZES | FAMILIES["bytes"]))
+    save_pretrained(tmp_path / "model", model, tokenizer_of("bytes"))
+    write_tasks(samples, tmp_path / "tasks")
+    monkeypatch.setattr(sys, "argv", ["stlm"])  # it is put back: the command changes it
+    given = {"model": "stlm", "model_args": f"path={tmp_path / 'model'}", "device": "cpu", "tasks": "arc_easy",
+             "include_path": tmp_path / "tasks", "output_path": tmp_path / "results"}
+    app(["lm-eval", "--log_samples", *(str(word) for name, value in given.items() for word in (f"--{name}", value))], standalone_mode=False)
+    assert "|arc_easy|" in capsys.readouterr().out.replace(" ", "")
+    results, = (tmp_path / "results").rglob("results_*.json")
+    assert json.loads(results.read_text())["config"]["tokenizer"].startswith("bytes-")
+    assert len(next((tmp_path / "results").rglob("samples_*.jsonl")).read_text().splitlines()) == EACH

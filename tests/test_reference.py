@@ -1,0 +1,100 @@
+"The scorer says of other people's models what lm-evaluation-harness says of them."
+import json
+import random
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tokenizers
+import torch
+
+from stlm.evaluate.reference import load_reference
+from stlm.foundation import StlmError
+from stlm.infer.scoring import score
+
+transformers = pytest.importorskip("transformers", reason="the extra stlm[hf] is not installed")
+
+CONTEXT = 48
+TEXT = ("The quick brown fox jumps over the lazy dog, and then it sleeps. Questions have answers; answers have reasons.\n"
+        "naïve café 🙂 清单 and tabs\tand numbers 1234567890. ") * 4
+
+
+def save_tokenizer(folder: Path, bos: str | None) -> None:
+    "A byte-level vocabulary; with a beginning-of-text symbol, every text opens with it, as Llama's do."
+    learned = tokenizers.Tokenizer(tokenizers.models.BPE())
+    learned.pre_tokenizer, learned.decoder = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False), tokenizers.decoders.ByteLevel()
+    special = ["<|endoftext|>", *([bos] if bos else [])]
+    trainer = tokenizers.trainers.BpeTrainer(vocab_size=330, initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet(),
+                                             special_tokens=special, show_progress=False)
+    learned.train_from_iterator([TEXT], trainer)
+    if bos:
+        learned.post_processor = tokenizers.processors.TemplateProcessing(single=f"{bos} $A", special_tokens=[(bos, 1)])
+    fast = transformers.PreTrainedTokenizerFast(tokenizer_object=learned, eos_token="<|endoftext|>", bos_token=bos)
+    fast.save_pretrained(folder)
+
+
+def tiny(kind: str) -> "transformers.PreTrainedModel":
+    "An untrained model with decided opinions."
+    torch.manual_seed(0)
+    sizes = dict(vocab_size=384, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, initializer_range=0.3)
+    longer = dict(max_position_embeddings=CONTEXT, intermediate_size=64)
+    config = {"Llama": lambda: transformers.LlamaConfig(**sizes, **longer, num_key_value_heads=2),
+              "GPTNeoX": lambda: transformers.GPTNeoXConfig(**sizes, **longer),
+              "GPT2": lambda: transformers.GPT2Config(**sizes, n_positions=CONTEXT)}[kind]()
+    return transformers.AutoModelForCausalLM.from_config(config)
+
+
+@pytest.fixture(params=[("Llama", None), ("Llama", "<s>"), ("GPTNeoX", None), ("GPT2", None)], ids=str)
+def folder(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
+    "A model and its tokenizer as others save them."
+    kind, bos = request.param
+    tiny(kind).save_pretrained(tmp_path)
+    save_tokenizer(tmp_path, bos)
+    return tmp_path
+
+
+def requests() -> Iterator[tuple[str, str]]:
+    "Like the benchmarks': nothing before a sentence, several answers behind a question, letters, a long text, the same again."
+    words = TEXT.split(" ")
+    for number in range(6):
+        draw = random.Random(number)
+        question = " ".join(draw.choices(words, k=draw.randint(3, 12)))
+        yield from ((question, " " + " ".join(draw.choices(words, k=draw.randint(1, 5)))) for _ in range(4))
+        yield from ((f"Question: {question}\nAnswer:", f" {letter}") for letter in "ABCD")
+        yield from (("", f" {question} {end}") for end in ("fox", "dog", "fox"))
+    yield TEXT, " The quick brown fox"
+    yield "a context with a space behind ", "fox"
+
+
+def test_scores_are_those_of_lm_eval(folder: Path) -> None:
+    pytest.importorskip("accelerate", reason="lm-eval's own backend for transformers needs accelerate")
+    instance = pytest.importorskip("lm_eval.api.instance", reason="lm-eval is not installed").Instance
+    from lm_eval.models.huggingface import HFLM
+    model, tokenizer = load_reference(folder)
+    lm = HFLM(pretrained=model.inner, tokenizer=tokenizer.inner, batch_size=8)
+    pairs = list(requests())
+    theirs = lm.loglikelihood([instance("loglikelihood", {}, pair, number) for number, pair in enumerate(pairs)], disable_tqdm=True)
+    ours = score(model, tokenizer, pairs)
+    np.testing.assert_allclose([each.logprob for each in ours], [logprob for logprob, _ in theirs], rtol=1e-4)
+    assert [each.greedy for each in ours] == [greedy for _, greedy in theirs]
+    assert model.config.context == lm.max_length == CONTEXT and tokenizer.eot_id == lm.prefix_token_id
+    assert [each.truncated for each in ours] == [number == len(pairs) - 2 for number in range(len(pairs))]
+
+
+def test_a_models_own_code_is_not_run(folder: Path) -> None:
+    marker = folder / "ran"
+    (folder / "own.py").write_text(f"open({str(marker)!r}, 'w')\n")
+    config = json.loads((folder / "config.json").read_text())
+    own = {"model_type": "own", "auto_map": {"AutoConfig": "own.Config", "AutoModelForCausalLM": "own.Model"}}
+    (folder / "config.json").write_text(json.dumps(config | own))
+    with pytest.raises(StlmError, match="cannot load") as caught:
+        load_reference(folder)
+    assert "\n" not in str(caught.value) and not marker.exists()
+
+
+def test_pickled_weights_are_refused(folder: Path) -> None:
+    (folder / "model.safetensors").unlink()
+    torch.save({}, folder / "pytorch_model.bin")
+    with pytest.raises(StlmError, match="safetensors"):
+        load_reference(folder)
