@@ -75,7 +75,7 @@ def test_wrong_parameters_of_a_notebook_are_refused(inside, tmp_path, parameters
 def test_report_in_one_command(project, overrides):
     own = ("data.corpus", "data.tokenizer", "model.context", "train.steps")  # the study's, or its parameters'
     common = {name: value for name, value in overrides.items() if name not in own}
-    parameters = {"corpus": overrides["data.corpus"], "budget": 4000, "score_bytes": 2000, "seeds": "[0,1]",
+    parameters = {"corpus": overrides["data.corpus"], "budget": 4000, "score_bytes": 2000, "seeds": "[0,1]", "items": 3,
                   "overrides": json.dumps(common | {"data.valid_fraction": 0.25})}
     code, output, errors = stlm("report", "quickstart", *given(parameters), cwd=project)
     assert code == 0, errors[-2000:]
@@ -83,6 +83,7 @@ def test_report_in_one_command(project, overrides):
     results = pd.read_csv(project / "reports" / "quickstart" / "results.csv")
     assert set(results["status"]) == {"finished"} and len(results) == 8 and results["bits_per_byte"].between(1, 12).all()
     assert "flat bytes" in page and "http://" not in page.replace("http://www.w3.org", "") and "bits per byte" in page
+    assert "12-grams shuffled" in page, "what the arms have learned is shown"
     assert "quickstart" in (project / "reports" / "index.html").read_text() and "reports/quickstart/index.html" in output
     assert (project / "reports" / "quickstart" / "figures" / "learning-curves.png").stat().st_size > 5000
     assert "seed 0" in errors, "progress is shown while the study runs"

@@ -32,7 +32,7 @@ from ..foundation import (StlmError, bits_of, cache_folder, cores, did_you_mean,
                           write_json, write_text)
 from ..hardware import describe
 from .reports import publish
-from .statistics import Difference, difference_over_documents, difference_over_seeds, in_words
+from .statistics import Difference, difference_over_documents, difference_over_seeds, in_words, together
 from ..pretrained import from_pretrained
 from ..train.loop import Trainer
 from ..train.records import Run, read_log
@@ -184,22 +184,23 @@ class Study:
         return row | quality | planned.overrides | metrics | sizes
 
     def differences(self,
-                    baseline: str,           # an arm
-                    max_bytes: int = 200_000 # raw bytes of held-out documents
+                    baseline: str,            # an arm
+                    max_bytes: int = 200_000, # raw bytes of held-out documents
+                    confidence: float = 0.95  # of each interval by itself
                     ) -> dict[str, dict[str, Difference]]: # arm -> "documents" and, with several seeds, "3 seeds" -> bits per byte
         "How every other arm that can be compared differs from the baseline."
-        found = {arm: self._differ(*self._common(baseline, arm), max_bytes) for arm in self.arms if arm != baseline}
+        found = {arm: self._differ(*self._common(baseline, arm), max_bytes, confidence) for arm in self.arms if arm != baseline}
         return {arm: differences for arm, differences in found.items() if differences}
 
-    def _differ(self, first: list[StudyRun], second: list[StudyRun], max_bytes: int) -> dict[str, Difference]:
+    def _differ(self, first: list[StudyRun], second: list[StudyRun], max_bytes: int, confidence: float = 0.95) -> dict[str, Difference]:
         if not first:
             return {}
         before, after = ([score_run(planned.run, max_bytes) for planned in runs] for runs in (first, second))
         nats_before, nats_after = (np.mean([scores["nats"] for scores in side], axis=0) for side in (before, after))
-        found = {"documents": difference_over_documents(nats_before, nats_after, before[0]["n_bytes"])}
+        found = {"documents": difference_over_documents(nats_before, nats_after, before[0]["n_bytes"], confidence)}
         if len(first) > 1:
             bits_before, bits_after = ([summarise(scores)["bits_per_byte"] for scores in side] for side in (before, after))
-            found[f"{len(first)} seeds"] = difference_over_seeds(bits_before, bits_after)
+            found[f"{len(first)} seeds"] = difference_over_seeds(bits_before, bits_after, confidence)
         return found
 
     def compare(self,
@@ -217,16 +218,17 @@ class Study:
                 baseline: str,           # an arm
                 max_bytes: int = 200_000 # raw bytes of held-out documents
                 ) -> str:                # one sentence for many arms
-        "Which arms need fewer bits per byte than the baseline, which more, and for which neither can be claimed."
-        found = self.differences(baseline, max_bytes)
+        "Which arms need fewer bits per byte than the baseline, which more, and for which neither can be claimed: all claims hold together."
+        found = self.differences(baseline, max_bytes, together(0.95, len(self.arms) - 1))
         if not found:
             return f"Nothing can be said: no seed of {baseline} and of another arm has finished."
         last = {arm: list(differences.items())[-1] for arm, differences in found.items()}  # over seeds where there are several
         over = next(iter(last.values()))[0]
         said = {arm: f"{arm} ({difference})" for arm, (_, difference) in last.items()}
+        kind_of_interval = "95% intervals" if len(self.arms) == 2 else "intervals that hold together with 95%"
         kinds = {"less": lambda d: d.high < 0, "no different, as far as this shows": lambda d: d.is_none, "more": lambda d: d.low > 0}
         parts = [f"{kind}: {', '.join(said[arm] for arm, (_, d) in last.items() if fits(d)) or 'none'}" for kind, fits in kinds.items()]
-        return f"Bits per byte compared with {baseline}, 95% intervals over {over}: {'; '.join(parts)}."
+        return f"Bits per byte compared with {baseline}, {kind_of_interval} over {over}: {'; '.join(parts)}."
 
     def _common(self, baseline: str, arm: str) -> tuple[list[StudyRun], list[StudyRun]]:
         "The finished runs of two arms for the seeds that both have."
