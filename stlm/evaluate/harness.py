@@ -352,5 +352,7 @@ def parity(model: LanguageModel,
             if known not in present or name not in TASKS:
                 raise StlmError(f"tasks={name} cannot be compared on the files in {data_dir}; {did_you_mean(name, present)}")
             result = evaluate(model, tokenizer, TASKS[name], data_dir, limit, show_progress=show_progress)
+            if (longest := max(max(counts) for counts in result.table["n_tokens"])) > model.config.context:
+                raise StlmError(f"an answer of {name} has {longest} symbols and the model reads {model.config.context}: lm-eval refuses it")
             rows.append({"task": name} | _compared(result, *_asked(second, known, TASKS[name].shots, folder, limit or None)))
     return pd.DataFrame(rows).assign(second=type(second).__name__)
