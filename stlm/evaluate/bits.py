@@ -16,8 +16,7 @@ import pandas as pd
 
 from ..data.tokenizers import Tokenizer
 from ..foundation import StlmError, bits_of, progress
-from ..infer.scoring import check_pair, token_logprobs, windows
-from ..model.lm import LanguageModel
+from ..infer.scoring import Predictor, check_pair, token_logprobs, windows
 
 # %% ../../nbs/60_evaluate.bits.ipynb #b405de53
 @dataclass(frozen=True)
@@ -100,11 +99,11 @@ def _encode(tokenizer: Tokenizer, texts: list[str], before: int) -> list[tuple[i
     return encoded
 
 
-def _costs(model: LanguageModel,
+def _costs(model: Predictor,
            sequences: list[np.ndarray], # symbols of each document
            window: int,
            stride: int,
-           max_tokens_in_batch: int = 8192
+           max_tokens_in_batch: int | None = None
            ) -> list[np.ndarray]:       # nats of every symbol but the first, for each document
     "Score documents of any length in windows; all windows share the batches."
     cut = [list(windows(len(sequence), window, stride)) for sequence in sequences]
@@ -114,12 +113,12 @@ def _costs(model: LanguageModel,
     return [-np.concatenate([next(scored) for _ in parts]) for parts in cut]
 
 # %% ../../nbs/60_evaluate.bits.ipynb #732f42e2
-def bits_per_byte(model: LanguageModel,
+def bits_per_byte(model: Predictor,
                   tokenizer: Tokenizer,            # the model's own
                   texts: Iterable[str],            # raw documents; each is scored by itself
                   window: int | None = None,       # symbols read at a time; None = the model's context
                   stride: int | None = None,       # symbols from one window's beginning to the next; None = `window`, nothing is read twice
-                  max_tokens_in_batch: int = 8192, # symbols in a batch, padding included
+                  max_tokens_in_batch: int | None = None, # symbols in a batch, padding included; None = as in `infer.scoring`
                   show_progress: bool = False      # for long work
                   ) -> Bits:
     "Exact bits per byte over documents, ends included. Raises `StlmError` for texts without a byte and impossible windows."
@@ -136,7 +135,7 @@ def bits_per_byte(model: LanguageModel,
     return _summary(pd.DataFrame(rows, columns=["document", "n_bytes", "n_tokens", "nats", "end_nats"]), window, stride)
 
 
-def _check_windows(model: LanguageModel, window: int | None, stride: int | None) -> tuple[int, int]:
+def _check_windows(model: Predictor, window: int | None, stride: int | None) -> tuple[int, int]:
     context = model.config.context
     window = context if window is None else window
     stride = window if stride is None else stride
@@ -156,7 +155,7 @@ def _summary(table: pd.DataFrame, window: int, stride: int) -> Bits:
                 n_tokens=int(table["n_tokens"].sum()), n_documents=len(table), window=window, stride=stride, per_document=table)
 
 # %% ../../nbs/60_evaluate.bits.ipynb #b57f1e40
-def bits_by_window(model: LanguageModel,
+def bits_by_window(model: Predictor,
                    tokenizer: Tokenizer,       # the model's own
                    texts: Sequence[str],       # raw documents; they are scored twice
                    window: int | None = None,  # symbols read at a time; None = the model's context
@@ -178,7 +177,7 @@ def _bytes_in_sight(n_bytes: np.ndarray, # (n + 2,) raw bytes of each symbol, th
     return np.concatenate([before[first:stop] - before[start] for start, first, stop in parts])
 
 
-def bits_by_position(model: LanguageModel,
+def bits_by_position(model: Predictor,
                      tokenizer: Tokenizer,       # the model's own
                      texts: Iterable[str],       # raw documents; each is scored by itself
                      window: int | None = None,  # symbols read at a time; None = the model's context
