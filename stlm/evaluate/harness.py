@@ -56,7 +56,7 @@ class HarnessModel(LM):
     def __init__(self,
                  path: str | Path | tuple[LanguageModel, Tokenizer], # a run, a model's folder, hf:NAME, or what `from_pretrained` returns
                  device: str = "auto",                     # auto, cpu, cuda, cuda:N, or mps
-                 max_tokens_in_batch: int = 8192,          # symbols in a batch, padding included
+                 max_tokens_in_batch: int | None = None,   # symbols in a batch, padding included; None = as the scorer does
                  batch_size: int | str | None = None,      # lm-eval hands these two to every model; here
                  max_batch_size: int | None = None         # batches are filled by symbols, so they change nothing
                  ) -> None:

@@ -18,7 +18,7 @@ import torch
 
 from ..data.tokenizers import Tokenizer
 from ..foundation import StlmError, did_you_mean, optional
-from ..infer.scoring import check_pair, evaluating
+from ..infer.scoring import batch_limit, check_pair, evaluating
 from ..model.lm import LanguageModel
 
 # %% ../../nbs/63_evaluate.probes.ipynb #77f5d7a4
@@ -26,7 +26,7 @@ from ..model.lm import LanguageModel
 def features(model: LanguageModel,
              tokenizer: Tokenizer,          # the model's own
              texts: Sequence[str],
-             max_tokens_in_batch: int = 8192 # symbols in a batch, padding included
+             max_tokens_in_batch: int | None = None # symbols in a batch, padding included; None = as the scorer does
              ) -> tuple[np.ndarray, int]:   # (N, width) float32, and how many texts did not fit
     "The mean hidden state of each text. Raises `StlmError` for a text without a symbol."
     check_pair(model, tokenizer)
@@ -36,9 +36,10 @@ def features(model: LanguageModel,
     kept = [torch.tensor([tokenizer.eot_id, *each[:model.config.context - 1].tolist()]) for each in symbols]
     order = sorted(range(len(kept)), key=lambda number: -len(kept[number]))
     found: dict[int, np.ndarray] = {}
+    limit = max_tokens_in_batch or batch_limit(model)
     with evaluating(model):
         while len(found) < len(order):
-            rows = order[len(found):][:max(1, max_tokens_in_batch // len(kept[order[len(found)]]))]
+            rows = order[len(found):][:max(1, limit // len(kept[order[len(found)]]))]
             found |= dict(zip(rows, _means(model, [kept[row] for row in rows]), strict=True))
     return np.stack([found[row] for row in range(len(kept))]), sum(len(each) >= model.config.context for each in symbols)
 

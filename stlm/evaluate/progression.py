@@ -15,8 +15,7 @@ import pandas as pd
 
 from ..data.tokenizers import Tokenizer
 from ..foundation import StlmError
-from ..infer.scoring import Score, score
-from ..model.lm import LanguageModel
+from ..infer.scoring import Predictor, Score, score
 
 # %% ../../nbs/61_evaluate.progression.ipynb #ae198cb2
 _WORD = re.compile(r"(\s*)(\S+)")
@@ -155,7 +154,7 @@ def _row(item: Item, name: str, true: Score, other: Score) -> dict:
             "truncated": true.truncated or other.truncated}
 
 
-def progression(model: LanguageModel,
+def progression(model: Predictor,
                 tokenizer: Tokenizer,       # the model's own
                 items: list[Item],          # from `make_items`
                 show_progress: bool = False # for long work
