@@ -315,6 +315,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '', 'doc_host': '', 'git_url
                                                                                'stlm/evaluate/benchmarks.py'),
                                           'stlm.evaluate.benchmarks._by_length': ( 'evaluate.benchmarks.html#_by_length',
                                                                                    'stlm/evaluate/benchmarks.py'),
+                                          'stlm.evaluate.benchmarks._device': ( 'evaluate.benchmarks.html#_device',
+                                                                                'stlm/evaluate/benchmarks.py'),
                                           'stlm.evaluate.benchmarks._filled': ( 'evaluate.benchmarks.html#_filled',
                                                                                 'stlm/evaluate/benchmarks.py'),
                                           'stlm.evaluate.benchmarks._find': ( 'evaluate.benchmarks.html#_find',

@@ -105,10 +105,11 @@ def evaluate(name: Annotated[str, typer.Argument(metavar="MODEL", help="A run's 
              split: Annotated[str, typer.Option(help="validation or test.")] = "validation",
              max_bytes: Annotated[int, typer.Option(help="Stop after this many raw bytes of documents; 0 = all.")] = 1_000_000,
              stride: Annotated[int, typer.Option(help="Symbols between windows; 0 = windows do not overlap.")] = 0,
+             precision: Annotated[str, typer.Option(help="For benchmarks: fp32 as lm-evaluation-harness, bf16 (faster), auto.")] = "fp32",
              device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:N or mps.")] = "auto") -> None:
     "Bits per byte on held-out documents: of the run's own corpus, or of another one with --set data.corpus=…; or benchmarks, with --tasks."
     if tasks:
-        _ask(name, tasks, limit, data_dir, device)
+        _ask(name, tasks, limit, data_dir, precision, device)
     else:
         _measure(name, settings, split, max_bytes, stride, device)
 
@@ -131,15 +132,15 @@ def _measure(name: str, settings: list[str] | None, split: str, max_bytes: int, 
     print(f"wrote {output}")
 
 
-def _ask(name: str, names: str, limit: int, data_dir: Path | None, device: str) -> None: # benchmarks
+def _ask(name: str, names: str, limit: int, data_dir: Path | None, precision: Any, device: str) -> None: # benchmarks
     from stlm.evaluate.benchmarks import evaluate as ask, find_tasks, open_model, results_table
     from stlm.hardware import describe
     tasks = find_tasks(names)
     model, tokenizer, folder = open_model(name, device)
-    summaries = [ask(model, tokenizer, task, data_dir, limit, folder / "evaluations").summary() for task in tasks]
+    summaries = [ask(model, tokenizer, task, data_dir, limit, folder / "evaluations", precision).summary() for task in tasks]
     print(results_table(summaries).to_string(index=False))
     print("in percent; ± one standard error of acc; cut: questions longer than the model's context")
-    given = {"--tasks": names, "--limit": limit, "--data-dir": data_dir}
+    given = {"--tasks": names, "--limit": limit, "--data-dir": data_dir, "--precision": precision if precision != "fp32" else ""}
     command = shlex.join(["stlm", "evaluate", name, *(word for option, value in given.items() if value for word in (option, str(value)))])
     output = folder / "evaluations" / "benchmarks.json"
     write_json(output, {"model": name, "command": command, "tasks": summaries, "environment": describe()})

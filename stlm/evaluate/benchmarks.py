@@ -24,7 +24,8 @@ import torch
 
 from ..data.tokenizers import Tokenizer
 from ..foundation import StlmError, atomic_file, bits_of, cache_folder, did_you_mean, fingerprint, progress
-from ..hardware import pick_device
+from ..config import Precision
+from ..hardware import pick_device, pick_precision
 from ..infer.scoring import score
 from ..model.lm import LanguageModel
 from ..pretrained import from_pretrained
@@ -404,12 +405,14 @@ class Result:
     table: pd.DataFrame  # one row a question, in the same order
     limit: int           # as it was asked for; 0 = all
     data: str            # fingerprint of the questions
+    precision: str       # of the matrix products: float32 or bfloat16
     path: Path | None    # file that holds the table
 
     def summary(self) -> dict[str, Any]:
         "The figures as plain values for JSON; what a task does not have is None."
         about = {"task": self.task.name, "version": self.task.version, "metrics": list(self.task.metrics), "limit": self.limit,
-                 "data": self.data, "file": self.path.name if self.path else None}
+                 "data": self.data, "precision": self.precision,
+                 "file": self.path.name if self.path else None}
         return about | {name: value if math.isfinite(value) else None for name, value in self._figures(self.table).items()}
 
     def by(self, group: str          # one of the task's groups, such as paradigm or phenomenon
@@ -441,6 +444,10 @@ def model_fingerprint(model: LanguageModel, # in any format, on any device
     return digest.hexdigest()[:16]
 
 
+def _device(model: LanguageModel) -> torch.device:
+    return next(model.parameters()).device
+
+
 _PORTION_CHARACTERS = 500_000  # text that is scored together: seconds for a small model, a minute for a large one
 
 
@@ -457,9 +464,14 @@ def _portions(items: Sequence[Item]) -> Iterator[list[Item]]:
         yield portion
 
 
-def _score_portion(model: LanguageModel, tokenizer: Tokenizer, items: list[Item]) -> pd.DataFrame: # one row an item, a list in each column
+def _score_portion(model: LanguageModel,
+                   tokenizer: Tokenizer,
+                   items: list[Item],
+                   dtype: torch.dtype # of the matrix products
+                   ) -> pd.DataFrame: # one row an item, a list in each column
     pairs = list(dict.fromkeys(pair for item in items for pair in item.pairs))  # equal pairs get equal scores, so a tie is seen as one
-    scores = dict(zip(pairs, score(model, tokenizer, pairs), strict=True))
+    with torch.autocast(_device(model).type, dtype, enabled=dtype != torch.float32):
+        scores = dict(zip(pairs, score(model, tokenizer, pairs), strict=True))
     columns = ("logprob", "greedy", "n_tokens", "n_bytes", "n_characters")
     scored = [[scores[pair] for pair in item.pairs] for item in items]
     return pd.DataFrame([{column: [getattr(each, column) for each in choices] for column in columns}
@@ -483,6 +495,7 @@ def _scored(model: LanguageModel,
             items: list[Item],
             parts: Path | None,   # folder for the portions; what is there already is taken from there
             title: str,
+            dtype: torch.dtype,   # of the matrix products
             show_progress: bool
             ) -> pd.DataFrame:    # one row an item
     "Score all items, portion by portion."
@@ -492,7 +505,7 @@ def _scored(model: LanguageModel,
             path = parts / f"{number:05}.parquet" if parts else None
             table = _read(path) if path else None
             if table is None or len(table) != len(portion):
-                table = _score_portion(model, tokenizer, portion)
+                table = _score_portion(model, tokenizer, portion, dtype)
                 if path:
                     _write(path, table)
             tables.append(table)
@@ -506,21 +519,24 @@ def evaluate(model: LanguageModel,
              data_dir: str | Path | None = None, # folder with local files; None = from the hub
              limit: int = 0,                     # the first so many, of each of the finest groups where there are any; 0 = all
              folder: str | Path | None = None,   # where results are kept and found again; None = nowhere
+             precision: Precision = "fp32",      # of the matrix products; auto = bf16 where the hardware is fast at it
              show_progress: bool = True
              ) -> Result:
     "Ask a model the questions of a benchmark. Raises `StlmError` where these cannot be had."
+    dtype = pick_precision(precision, _device(model))
     items = load_items(task, data_dir, limit)
     data = fingerprint([[item.pairs, item.truth, item.groups] for item in items])
-    name = fingerprint([model_fingerprint(model, tokenizer), task.name, task.version, limit, data])
+    rounded = [] if dtype == torch.float32 else [str(dtype)]
+    name = fingerprint([model_fingerprint(model, tokenizer), task.name, task.version, limit, data, *rounded])
     path = Path(folder) / f"{task.name}-{name}.parquet" if folder else None
     table = _read(path) if path else None
     if table is None:
         parts = path.with_name(f".{path.stem}") if path else None
-        table = _judged(task, items, _scored(model, tokenizer, items, parts, task.name, show_progress))
+        table = _judged(task, items, _scored(model, tokenizer, items, parts, task.name, dtype, show_progress))
         if path and parts:
             _write(path, table)
             shutil.rmtree(parts, ignore_errors=True)
-    return Result(task, items, table, limit, data, path)
+    return Result(task, items, table, limit, data, str(dtype).removeprefix("torch."), path)
 
 
 def _judged(task: Task, items: list[Item], raw: pd.DataFrame) -> pd.DataFrame:
