@@ -92,6 +92,7 @@ def test_a_signal_to_one_process_stops_all_after_the_same_step(overrides, tmp_pa
 
 
 KINDS = {"Muon": {"train.optimizer": "muon", "train.steps": 12},
+         "a batch that grows": {"train.batch_schedule": "up", "train.accumulation": 4, "train.steps": 12},
          "loops that begin midway": SHARED | {"train.batch_size": 8},
          "a gate": POOLED | {"model.patches.patcher": "gate", "train.steps": 12, "train.batch_size": 8},
          "a segmenter": POOLED | {"model.patches.patcher": "entropy", "model.patches.size": 4, "train.steps": 12, "train.batch_size": 8}}

@@ -133,12 +133,13 @@ def test_throughput(project, overrides):
     assert sizes.max() < 1.03 * sizes.min()
 
 
-def test_the_report_card(project, tmp_path):
+def test_the_report_card(project, overrides, tmp_path):
     torch.manual_seed(0)
     tokenizer = open_tokenizer(DataConfig(tokenizer="bytes"))
     shape = ModelConfig(vocab_size=tokenizer.vocab_size, context=128, n_layers=1, d_model=16, n_heads=2, n_kv_heads=1, d_ff=32)
-    for name in ("first", "second"):
-        save_pretrained(tmp_path / name, LanguageModel(shape), tokenizer)
+    save_pretrained(tmp_path / "second", LanguageModel(shape), tokenizer)
+    code, _, errors = stlm("train", *settings(overrides | {"train.steps": 17}), "--folder", tmp_path / "first", cwd=project)
+    assert code == 0, errors
     pairs = [{"sentence_good": f"The {noun}s {verb}.", "sentence_bad": f"The {noun}s {verb}s.", "field": "morphology", "UID": verb,
               "linguistics_term": "subject_verb_agreement"} for noun in ("dog", "bird", "girl") for verb in ("sing", "run")]
     exams = [{"subject": subject, "question": f"What is {n} and {n}?", "choices": [str(2 * n), "9", "7", "5"], "answer": 0}
@@ -146,7 +147,7 @@ def test_the_report_card(project, tmp_path):
     for name, rows in {"blimp": pairs, "mmlu_test": exams}.items():
         (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     parameters = {"models": json.dumps([f"small: {tmp_path / 'first'}", str(tmp_path / "second")]), "tasks": "blimp,mmlu", "limit": 2,
-                  "data_dir": tmp_path, "corpora": json.dumps([real_text(tmp_path)]), "score_bytes": 3000, "prompts": '["The"]'}
+                  "data_dir": tmp_path, "corpora": json.dumps([real_text(tmp_path)]), "score_bytes": 3000, "prompts": '["The"]', "overlap_words": 3}
     code, _, errors = stlm("report", "evaluate", *given(parameters), cwd=project)
     assert code == 0, errors[-2000:]
     results = pd.read_csv(project / "reports" / "evaluate" / "results.csv").set_index("arm")
@@ -154,6 +155,8 @@ def test_the_report_card(project, tmp_path):
     assert results["blimp_acc"].between(0, 1).all() and results["bits_per_byte_licence.txt"].between(1, 40).all()
     page = (project / "reports" / "evaluate" / "index.html").read_text()
     assert "strongest rival" in page and "chance" in page and "The first 2 questions" in page
+    assert "<td>17</td>" in page, "the steps of the one that is a run"
+    assert "points over small</th>" in page and "suspicious</th>" in page
     figures = project / "reports" / "evaluate" / "figures"
     assert {path.stem for path in figures.iterdir()} == {"accuracy", "blimp-phenomena", "mmlu-categories"}
 
