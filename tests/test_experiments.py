@@ -133,6 +133,16 @@ def test_throughput(project, overrides):
     assert sizes.max() < 1.03 * sizes.min()
 
 
+def small_benchmarks(folder):
+    "Six pairs of BLiMP and six questions of MMLU in files."
+    pairs = [{"sentence_good": f"The {noun}s {verb}.", "sentence_bad": f"The {noun}s {verb}s.", "field": "morphology", "UID": verb,
+              "linguistics_term": "subject_verb_agreement"} for noun in ("dog", "bird", "girl") for verb in ("sing", "run")]
+    exams = [{"subject": subject, "question": f"What is {n} and {n}?", "choices": [str(2 * n), "9", "7", "5"], "answer": 0}
+             for subject in ("anatomy", "virology") for n in range(3)]
+    for name, rows in {"blimp": pairs, "mmlu_test": exams}.items():
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
 def test_the_report_card(project, overrides, tmp_path):
     torch.manual_seed(0)
     tokenizer = open_tokenizer(DataConfig(tokenizer="bytes"))
@@ -140,14 +150,10 @@ def test_the_report_card(project, overrides, tmp_path):
     save_pretrained(tmp_path / "second", LanguageModel(shape), tokenizer)
     code, _, errors = stlm("train", *settings(overrides | {"train.steps": 17}), "--folder", tmp_path / "first", cwd=project)
     assert code == 0, errors
-    pairs = [{"sentence_good": f"The {noun}s {verb}.", "sentence_bad": f"The {noun}s {verb}s.", "field": "morphology", "UID": verb,
-              "linguistics_term": "subject_verb_agreement"} for noun in ("dog", "bird", "girl") for verb in ("sing", "run")]
-    exams = [{"subject": subject, "question": f"What is {n} and {n}?", "choices": [str(2 * n), "9", "7", "5"], "answer": 0}
-             for subject in ("anatomy", "virology") for n in range(3)]
-    for name, rows in {"blimp": pairs, "mmlu_test": exams}.items():
-        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    small_benchmarks(tmp_path)
     parameters = {"models": json.dumps([f"small: {tmp_path / 'first'}", str(tmp_path / "second")]), "tasks": "blimp,mmlu", "limit": 2,
-                  "data_dir": tmp_path, "corpora": json.dumps([real_text(tmp_path)]), "score_bytes": 3000, "prompts": '["The"]', "overlap_words": 3}
+                  "data_dir": tmp_path, "corpora": json.dumps([real_text(tmp_path)]), "score_bytes": 3000, "prompts": '["The"]',
+                  "overlap_words": 3}
     code, _, errors = stlm("report", "evaluate", *given(parameters), cwd=project)
     assert code == 0, errors[-2000:]
     results = pd.read_csv(project / "reports" / "evaluate" / "results.csv").set_index("arm")
@@ -159,6 +165,22 @@ def test_the_report_card(project, overrides, tmp_path):
     assert "points over small</th>" in page and "suspicious</th>" in page
     figures = project / "reports" / "evaluate" / "figures"
     assert {path.stem for path in figures.iterdir()} == {"accuracy", "blimp-phenomena", "mmlu-categories"}
+
+
+def test_scoring(project, overrides, tmp_path):
+    pytest.importorskip("lm_eval", reason="lm-eval is not installed; pip install 'stlm[harness]' brings it")
+    small_benchmarks(tmp_path)
+    small = {"model.n_layers": 1, "model.d_model": 16, "model.n_heads": 2, "model.n_kv_heads": 1, "model.d_ff": 32,
+             "data.tokenizer": "bpe:300", "data.valid_fraction": 0.2, "data.test_fraction": 0.2}
+    parameters = {"data_dir": tmp_path, "tasks": "blimp,mmlu", "share": 0.7, "batches": "[2]", "corpus": overrides["data.corpus"],
+                  "overrides": json.dumps(small)}
+    code, _, errors = stlm("report", "scoring", *given(parameters), cwd=project)
+    assert code == 0, errors[-2000:]
+    results = pd.read_csv(project / "reports" / "scoring" / "results.csv").set_index(["task", "way"])
+    assert set(results["questions"]) == {4} and (results["seconds"] > 0).all()
+    harness = results.xs("lm-eval, batches of 2", level="way")
+    assert list(harness.index) == ["blimp", "mmlu"]
+    assert harness["largest_difference"].between(0, 1e-4).all() and (harness["same_answer"] == 1).all()
 
 
 def test_the_commands(project, overrides):
