@@ -453,7 +453,7 @@ def _draw_bar(axis: Axes, place: float, estimate: Estimate, colour: str) -> None
     if math.isfinite(low):
         axis.plot([low, high], [place, place], color=INK, linewidth=1.2, alpha=0.7)
     axis.annotate(f"{value:.1f}", (max(value, high) if math.isfinite(high) else value, place), (4, 0), textcoords="offset points",
-                  va="center_baseline", size=9, color=SOFT)
+                  va="center_baseline", size=9, color=SOFT, bbox=dict(facecolor="white", edgecolor="none", pad=1))  # covers the reference
 
 
 def dots(rows: Mapping[str, Mapping[str, Estimate]],  # name of the row -> name of the point -> what is drawn
