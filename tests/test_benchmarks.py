@@ -37,7 +37,7 @@ def data() -> Path:
 @pytest.fixture(scope="module")
 def loaded(data: Path) -> dict[str, list[Item]]:
     "Every question of the five, and of two other forms of MMLU."
-    return {name: load_items(TASKS[name], data) for name in (*SIZES, "mmlu_5shot", "mmlu_cloze", "winogrande_sentence")}
+    return {name: load_items(TASKS[name], data) for name in (*SIZES, "mmlu_5shot", "mmlu_cloze", "winogrande_sentence", "blimp_in_text")}
 
 
 @pytest.fixture(scope="module")
@@ -70,6 +70,8 @@ JUMP = "High jump: The boy lands on his back on to a red mat. The boy gets up fr
 
 @pytest.mark.parametrize("name, number, pairs, truth", [
     ("blimp", 0, [("", " Who should Derek hug after shocking Richard?"), ("", " Who should Derek hug Richard after shocking?")], 0),
+    ("blimp_in_text", 0, [("It was late.", " Who should Derek hug after shocking Richard?"),
+                          ("It was late.", " Who should Derek hug Richard after shocking?")], 0),
     ("hellaswag", 5, [(JUMP, " starts doing spins."), (JUMP, " celebrates by clapping and flexing both arms."),
                       (JUMP, " is dancing on the mat."), (JUMP, " does jump jacks on his stick.")], 1),
     ("arc_easy", 93, [(SCHOOL, " decrease"), (SCHOOL, " increase"), (SCHOOL, " remain the same")], 1),

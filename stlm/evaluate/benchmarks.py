@@ -217,14 +217,17 @@ def _about(kind: str) -> Callable[[Item], str]:
     return lambda item: f"The following are {kind} (with answers) about {item.groups[0].replace('_', ' ')}.\n\n"
 
 # %% ../../nbs/62_evaluate.benchmarks.ipynb #9bcbccd0
+_BLIMP = Source("nyu-mll/blimp", "*", "train", "blimp")
+_GRAMMAR = ("paradigm", "phenomenon", "field")
 _MMLU = Source("cais/mmlu", "all", "test", "mmlu_test")
 _MMLU_EXAMPLES = Source("cais/mmlu", "all", "dev", "mmlu_dev")
 _WINOGRANDE = Source("allenai/winogrande", "winogrande_xl", "validation", "winogrande_dev")
 _SUBJECT = ("subject", "category")
 
 TASKS = {task.name: task for task in (
-    Task("blimp", Source("nyu-mll/blimp", "*", "train", "blimp"), _blimp, groups=("paradigm", "phenomenon", "field"), average="groups",
-         ties="shared", note="grammar: the better of two sentences"),
+    Task("blimp", _BLIMP, _blimp, groups=_GRAMMAR, average="groups", ties="shared", note="grammar: the better of two sentences"),
+    Task("blimp_in_text", _BLIMP, _blimp, groups=_GRAMMAR, average="groups", ties="shared", intro=lambda _: "It was late.",
+         note="the same behind another sentence"),
     Task("hellaswag", Source("Rowan/hellaswag", None, "validation", "hellaswag_val"), _hellaswag, ("acc", "acc_norm"),
          note="how a scene goes on"),
     Task("arc_easy", Source("allenai/ai2_arc", "ARC-Easy", "test", "arc_easy_test"), _arc, ("acc", "acc_norm"),
