@@ -17,7 +17,7 @@ from helpers import stlm
 from stlm.config import DataConfig, ModelConfig
 from stlm.data.tokenizers import Tokenizer, open_tokenizer
 from stlm.evaluate import benchmarks
-from stlm.evaluate.benchmarks import TASKS, Item, Row, Source, Task, choices, evaluate, load_items, open_model
+from stlm.evaluate.benchmarks import FIVE, TASKS, Item, Row, Source, Task, choices, evaluate, load_items, open_model
 from stlm.foundation import StlmError
 from stlm.infer.scoring import score
 from stlm.model.lm import LanguageModel
@@ -271,7 +271,7 @@ EXAM = {"subject": "anatomy", "question": "q", "choices": list("abcd"), "answer"
     ("blimp", {"sentence_good": None, "field": "f", "linguistics_term": "l", "UID": "u"}, "field 'sentence_good' holds None"),
 ])
 def test_a_bad_row_is_named(small: Path, tmp_path: Path, name: str, row: dict, said: str) -> None:
-    (task,) = (task for task in list(TASKS.values())[:5] if task.source.file == name)
+    (task,) = (TASKS[each] for each in FIVE if TASKS[each].source.file == name)
     path = tmp_path / f"{name}.jsonl"
     path.write_text((small / f"{name}.jsonl").read_text().splitlines()[0] + "\n" + json.dumps(row) + "\n")
     with pytest.raises(StlmError) as error:
