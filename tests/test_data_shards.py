@@ -107,7 +107,6 @@ def test_ctrl_c_leaves_nothing_to_mistake(cache, corpus):
     values = settings_for(corpus, "bpe:512")
     process = start_prepare(values)
     wait_for_work(process, cache)
-    time.sleep(1)
     process.send_signal(signal.SIGINT)
     _, errors = process.communicate(timeout=30)
     assert process.returncode != 0 and "KeyboardInterrupt" in errors

@@ -114,6 +114,9 @@ def test_every_kind_of_model_is_shared(overrides, tmp_path, kind):
 def test_what_cannot_be_shared_is_refused(overrides, tmp_path):
     errors = errors_in_forks(3, train_in_fork, overrides, tmp_path / "run")
     assert errors == ["train.batch_size=8 cannot be shared by 3 processes; take a multiple of that"] * 3
+    shrinking = overrides | {"train.batch_schedule": "down", "train.accumulation": 8}
+    errors = errors_in_forks(2, train_in_fork, shrinking, tmp_path / "shrinking")
+    assert errors[0].startswith("train.batch_schedule=down changes the batch by 1 windows") and errors[0] == errors[1]
     with locked(Run(tmp_path / "taken")):
         errors = errors_in_forks(2, train_in_fork, overrides, tmp_path / "taken")
     assert errors[0].endswith("is being trained by another process") and errors[1].startswith("another process of this run ended early")

@@ -32,6 +32,10 @@ def share_of(config: TrainConfig, # of the run
     "What one process does in a step. Raises `StlmError` where the batch cannot be shared equally."
     if config.batch_size % processes:
         raise StlmError(f"train.batch_size={config.batch_size} cannot be shared by {processes} processes; take a multiple of that")
+    part = config.batch_size // config.accumulation
+    if config.batch_schedule != "constant" and part % processes:  # known now, not when the batch has shrunk to it
+        raise StlmError(f"train.batch_schedule={config.batch_schedule} changes the batch by {part} windows (train.batch_size / "
+                        f"train.accumulation), which cannot be shared by {processes} processes; take a multiple of that")
     windows = config.batch_size // processes
     parts = next(n for n in range(math.ceil(config.accumulation / processes), windows + 1) if windows % n == 0)
     return replace(config, batch_size=windows, accumulation=parts)

@@ -69,14 +69,15 @@ def gradients(objective: Objective, # as `LanguageModel.objective`
               dtype: torch.dtype    # of the matrix products
               ) -> torch.Tensor:    # mean nats a symbol
     "Add the gradients of a batch to those that the weights have."
-    total = torch.zeros((), device=device)
-    parts = -(-len(batch.inputs) // (config.batch_size // config.accumulation))  # fewer than `accumulation` while a batch schedule says so
-    for number, (inputs, targets) in enumerate(zip(batch.inputs.chunk(parts), batch.targets.chunk(parts), strict=True), start=1):
-        with travelling(objective, last=number == parts):
+    total, size = torch.zeros((), device=device), config.batch_size // config.accumulation
+    parts = list(zip(batch.inputs.split(size), batch.targets.split(size), strict=True))  # the last may be smaller under a batch schedule
+    for number, (inputs, targets) in enumerate(parts, start=1):
+        share = len(inputs) / len(batch.inputs)
+        with travelling(objective, last=number == len(parts)):
             with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
                 loss, nats = objective(inputs.to(device, non_blocking=True), targets.to(device, non_blocking=True))
-            (loss / parts).backward()
-        total += nats.detach() / parts
+            (loss * share).backward()
+        total += nats.detach() * share
     return total
 
 
