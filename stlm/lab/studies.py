@@ -161,7 +161,7 @@ class Study:
         error_file.unlink(missing_ok=True)
         try:
             prepare(planned.config.data)  # here, where its progress can be seen
-            run_in_process(planned, max(1, cores() // jobs), stop)
+            run_in_process(planned, _threads_of_a_run(jobs), stop)
         except StlmError as error:
             write_text(error_file, f"{error}\n")
             print(f"{planned.title} failed: {error}", file=sys.stderr)
@@ -354,7 +354,8 @@ Budget = Literal["bytes", "flops", "seconds"]
 def equal_budgets(base: str,                                # the preset that the arms change
                   arms: Mapping[str, Mapping[str, Any]],    # as for `Study`; the first is the baseline
                   budget: Budget,                           # what is held equal
-                  n_bytes: int                              # raw bytes of text that the baseline reads
+                  n_bytes: int,                             # raw bytes of text that the baseline reads
+                  jobs: int = 1                             # as for `Study.train`: speed is measured on the cores that a run will have
                   ) -> dict[str, dict[str, Any]]:           # the arms with their `train.bytes`
     "Give every arm the text that its budget allows. Raises `ConfigError` for an unknown budget."
     coerce(budget, Budget, "budget")
@@ -363,18 +364,30 @@ def equal_budgets(base: str,                                # the preset that th
     if budget == "flops":
         cost = {arm: _trainer(config, tempfile.gettempdir()).account().training_flops_per_byte for arm, config in configs.items()}
     if budget == "seconds":
-        cost = {arm: 1 / speed for arm, speed in _known_speeds(configs).items()}
+        cost = {arm: 1 / speed for arm, speed in _known_speeds(configs, _threads_of_a_run(jobs)).items()}
     first = next(iter(cost.values()))
     return {arm: {**overrides, "train.bytes": round(n_bytes * first / cost[arm])} for arm, overrides in arms.items()}
 
 
-def _known_speeds(configs: Mapping[str, RunConfig]) -> dict[str, float]: # measured once: a repeated study must find its runs again
+def _threads_of_a_run(jobs: int) -> int:
+    return max(1, cores() // jobs)
+
+
+def _known_speeds(configs: Mapping[str, RunConfig],
+                  threads: int
+                  ) -> dict[str, float]: # measured once: a repeated study must find its runs again
     machine = {name: value for name, value in describe().items() if name in ("cpu", "cores", "gpus")}
     arms = {arm: to_dict(config) for arm, config in configs.items()}
-    key = fingerprint({"machine": machine, "threads": torch.get_num_threads(), "arms": arms})
+    key = fingerprint({"machine": machine, "threads": threads, "arms": arms})
     path = cache_folder() / "speeds" / f"{key}.json"
     if not path.exists():
-        write_json(path, dict(measure_speed(configs, rounds=50)["bytes_per_second"]))  # an error here is one in every result
+        before = torch.get_num_threads()
+        torch.set_num_threads(threads)
+        try:
+            speeds = measure_speed(configs, rounds=50)["bytes_per_second"]  # an error here is one in every result
+        finally:
+            torch.set_num_threads(before)
+        write_json(path, dict(speeds))
     return json.loads(path.read_text("utf-8"))
 
 # %% ../../nbs/72_lab.studies.ipynb #7992c727
