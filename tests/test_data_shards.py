@@ -103,6 +103,16 @@ def test_killed_build_leaves_nothing_to_mistake(cache, corpus):
     assert litter(cache) == []
 
 
+def test_a_script_without_a_guard_is_told_so_and_waits_for_nothing(cache, corpus, tmp_path):
+    "Each tokenising process runs such a script again before it works, and would wait for the lock of the one that waits for it."
+    script = tmp_path / "script.py"
+    script.write_text(PREPARE, "utf-8")
+    done = subprocess.run([sys.executable, script, repr(settings_for(corpus, "bpe:512"))], capture_output=True, text=True, timeout=120)
+    last = done.stderr.rstrip().splitlines()[-1]
+    assert done.returncode == 1 and "a tokenising process died" in last and '`if __name__ == "__main__":`' in last
+    assert prepare(DataConfig(**settings_for(corpus, "bpe:512")), show_progress=False)  # nothing is locked, nothing in the way
+
+
 def test_ctrl_c_leaves_nothing_to_mistake(cache, corpus):
     values = settings_for(corpus, "bpe:512")
     process = start_prepare(values)

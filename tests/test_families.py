@@ -192,13 +192,13 @@ def check_steps(model: LanguageModel, ids: Tensor, pieces: Sequence[int]) -> Non
 
 
 def check_batches(model: LanguageModel, sequences: Sequence[Sequence[int]]) -> None:
-    "A text is scored alike alone, padded beside others, and in a row with texts that begin as it does."
+    "A text is scored alike alone, padded beside others, in a row with texts that begin as it does, and where only its end is asked for."
     longest = sequences[0]
     sequences = [*sequences, [*longest[:9], *longest[:8:-1]], longest[:11], longest]
-    first = [1] * len(sequences)
-    alone = [token_logprobs(model, [sequence], [1])[0] for sequence in sequences]
-    for one, other in zip(alone, token_logprobs(model, sequences, first), strict=True):
-        np.testing.assert_allclose(one, other, rtol=1e-4, atol=TOLERANCE)
+    alone = [logprobs(model, text[:-1]).gather(1, torch.tensor(text[1:])[:, None])[:, 0].numpy() for text in sequences]
+    for first in ([1] * len(sequences), [max(1, len(text) - 3) for text in sequences]):
+        for start, one, other in zip(first, alone, token_logprobs(model, sequences, first), strict=True):
+            np.testing.assert_allclose(one[start - 1:], other, rtol=1e-4, atol=TOLERANCE, err_msg=f"scored from {start}")
 
 
 def check_chain_rule(model: LanguageModel, prompt: Sequence[int], seed: int) -> None:

@@ -236,6 +236,16 @@ def test_too_long_an_input_is_one_clear_line():
     assert cache.length == T  # a refused call leaves the cache as it was
 
 
+def test_vectors_at_chosen_places_are_those_of_the_whole_and_no_part_of_training():
+    model = small_model(layer_drop=0.5)
+    at = torch.tensor([0, 3, T - 1, T, T + 5])
+    ids = random_ids(2, T)
+    with torch.no_grad():
+        torch.testing.assert_close(model.eval().hidden(ids, at=at), model.hidden(ids).flatten(0, 1)[at])
+    with pytest.raises(StlmError, match="not in training"):
+        model.train().hidden(ids, at=at)
+
+
 def test_the_attention_weights_are_never_stored():
     """Only the flash kernel is allowed, which computes them tile by tile: where it cannot be used, torch raises an error."""
     ids = random_ids(1, T)

@@ -521,10 +521,17 @@ def _empty(split: str, about: dict[str, Any]) -> str:
             f"data.test_fraction={config['test_fraction']}, data.max_bytes={config['max_bytes']}; take more text or other fractions")
 
 # %% ../../nbs/12_data.shards.ipynb #846e0da9
+def _refuse_half_started() -> None:
+    "In a script without a guard, a tokenising process would run the script again, and wait here for the lock of the one that waits for it."
+    if getattr(multiprocessing.current_process(), "_inheriting", False):  # as `multiprocessing` itself asks
+        raise StlmError("prepare was called while a process was starting: a script needs `if __name__ == \"__main__\":` around it")
+
+
 def prepare(config: DataConfig,
             show_progress: bool = True
             ) -> Dataset:
     "Tokenise a corpus into the cache, or go on with it, or find it there and verify it. Damage is named and repaired. Raises `StlmError`."
+    _refuse_half_started()
     corpus, tokenizer = open_corpus(config.corpus), open_tokenizer(config)
     about = _describe(config, corpus, tokenizer)
     folder = cache_folder() / "data" / _identity(about)

@@ -101,14 +101,16 @@ class ReferenceModel(nn.Module):
             self.reads_trees = _agree(lambda: self._both(ids), alone)
 
     def hidden(self, ids: Tensor,          # (B, T) symbols
-               *, tree: Tree | None = None # how the texts of each row begin alike; None = a row is a text
-               ) -> Tensor:                # (B, T, width)
+               *, tree: Tree | None = None, # how the texts of each row begin alike; None = a row is a text
+               at: Tensor | None = None    # (N,) the places in the flattened B x T that are wanted; None = all
+               ) -> Tensor:                # (B, T, width), or (N, width) with `at`
         "Vectors that `logits` turns into logits."
         options: dict[str, Any] = {"use_cache": False}
         if tree is not None:
-            hidden = torch.zeros(tree.sees.shape, device=ids.device).masked_fill(~tree.sees, torch.finfo(torch.float32).min)
-            options |= {"position_ids": tree.depths, "attention_mask": hidden[:, None]}
-        return self.inner(ids, **options).logits if self.head is None else self.inner.base_model(ids, **options).last_hidden_state
+            mask = torch.zeros(tree.sees.shape, device=ids.device).masked_fill(~tree.sees, torch.finfo(torch.float32).min)
+            options |= {"position_ids": tree.depths, "attention_mask": mask[:, None]}
+        hidden = self.inner(ids, **options).logits if self.head is None else self.inner.base_model(ids, **options).last_hidden_state
+        return hidden if at is None else hidden.flatten(0, 1)[at]
 
     def logits(self, hidden: Tensor # (..., width) from `hidden`
                ) -> Tensor:         # (..., vocab_size)

@@ -32,8 +32,11 @@ class Predictor(Protocol):
     def config(self) -> Any: ...        # with `vocab_size`, and `context`, the longest input in symbols
     @property
     def reads_trees(self) -> bool: ...  # whether `hidden` takes a tree
-    def hidden(self, ids: Tensor, *, tree: Tree | None = None) -> Tensor: ...  # (B, T) -> (B, T, width)
-    def logits(self, hidden: Tensor) -> Tensor: ...                            # (..., width) -> (..., vocab_size)
+    def hidden(self, ids: Tensor, *,             # (B, T)
+               tree: Tree | None = None,
+               at: Tensor | None = None          # (N,) the places in the flattened B x T that are wanted; None = all
+               ) -> Tensor: ...                  # (B, T, width), or (N, width) with `at`
+    def logits(self, hidden: Tensor) -> Tensor: ... # (..., width) -> (..., vocab_size)
     def parameters(self) -> Iterator[nn.Parameter]: ...
     def train(self, mode: bool = True) -> Any: ...
 
@@ -140,29 +143,40 @@ class SymbolScores:
     greedy: np.ndarray   # (n,) bool: no other symbol was more probable
 
 
-_LOGITS_IN_CHUNK = 2**24  # 64 MB of fp32 logits are held at a time
+def _places_at_once(model: Predictor) -> int:
+    "On a CPU 8 MB of fp32 logits, which stay in the cache, but enough places to make reading the head's matrix worth while."
+    logits = 2**21 if next(model.parameters()).device.type == "cpu" else 2**25
+    return max(256, logits // model.config.vocab_size)
 
 
 def _pick(model: Predictor,
-          hidden: Tensor, # (N, d_model) vectors from which the targets are predicted
-          targets: Tensor # (N,) symbols
+          hidden: Tensor,      # (P, width) vectors from which targets are predicted
+          vectors: np.ndarray, # (N,) the vector of each target, in ascending order
+          targets: Tensor      # (N,) symbols
           ) -> tuple[Tensor, Tensor]: # (N,) nats, (N,) bool
-    "Log-probabilities of the targets, and whether each was the most probable symbol."
-    n_rows = max(1, _LOGITS_IN_CHUNK // model.config.vocab_size)
+    "Log-probabilities of the targets, and whether no other symbol was more probable."
+    n = _places_at_once(model)
     logprobs, greedy = [], []
-    for vectors, target in zip(hidden.split(n_rows), targets.split(n_rows), strict=True):
-        logits = model.logits(vectors).float()  # (n, V)
-        logprobs.append(logits.gather(1, target[:, None])[:, 0] - logits.logsumexp(1))
-        greedy.append(logits.argmax(1) == target)
+    for start in range(0, len(hidden), n):
+        low, high = np.searchsorted(vectors, (start, start + n))
+        row = torch.as_tensor(vectors[low:high] - start).to(hidden.device)
+        logits = model.logits(hidden[start:start + n]).float()  # (n, V)
+        target, best = logits[row, targets[low:high]], logits.amax(1)
+        log_z = logits.sub_(best[:, None]).exp_().sum(1).log_().add_(best)
+        logprobs.append(target - log_z[row])
+        greedy.append(target >= best[row])
     return torch.cat(logprobs), torch.cat(greedy)
 
 
-def _hidden(model: Predictor, rows: list[_Row]) -> Tensor: # (B, T, width)
-    device = next(model.parameters()).device
-    ids = _right_padded([row.symbols for row in rows], 0).to(device)  # any symbol will do as padding: nothing looks at it
+def _hidden(model: Predictor,
+            ids: Tensor,       # (B, T) the symbols of the rows
+            rows: list[_Row],
+            places: np.ndarray # (P,) in the flattened B x T
+            ) -> Tensor:       # (P, width)
+    at = torch.as_tensor(places).to(ids.device)
     if all(row.is_text for row in rows):
-        return model.hidden(ids)
-    return model.hidden(ids, tree=Tree(_right_padded([row.parents for row in rows], -1)).to(device))
+        return model.hidden(ids, at=at)
+    return model.hidden(ids, tree=Tree(_right_padded([row.parents for row in rows], -1)).to(ids.device), at=at)
 
 
 def _score_rows(model: Predictor,
@@ -171,14 +185,16 @@ def _score_rows(model: Predictor,
                 first: Sequence[int] # the first symbol to score in each sequence
                 ) -> Iterator[tuple[int, SymbolScores]]: # the number of each sequence in the rows
     "Score the sequences of some rows in one forward pass."
-    hidden, vocabulary = _hidden(model, rows), model.config.vocab_size
-    found = [(number, path[first[number] - 1:] + start * hidden.shape[1])
+    vocabulary, device = model.config.vocab_size, next(model.parameters()).device
+    ids = _right_padded([row.symbols for row in rows], 0).to(device)  # any symbol will do as padding: nothing looks at it
+    found = [(number, path[first[number] - 1:] + start * ids.shape[1])
              for start, row in enumerate(rows) for number, path in row.paths.items()]
     places = np.concatenate([places for _, places in found])                              # (N,) where each target is predicted
     targets = np.concatenate([sequences[number][first[number]:] for number, _ in found])  # (N,)
     asked, again = np.unique(places * vocabulary + targets, return_inverse=True)          # common symbols are scored once as well
-    at, target = torch.as_tensor(np.stack([asked // vocabulary, asked % vocabulary])).to(hidden.device)
-    logprobs, greedy = (part.cpu().numpy()[again] for part in _pick(model, hidden.flatten(0, 1)[at], target))
+    at, vectors = np.unique(asked // vocabulary, return_inverse=True)                     # and targets of one place share its logits
+    target = torch.as_tensor(asked % vocabulary).to(device)
+    logprobs, greedy = (part.cpu().numpy()[again] for part in _pick(model, _hidden(model, ids, rows, at), vectors, target))
     parts = np.cumsum([0, *(len(places) for _, places in found)])
     for (number, _), (start, stop) in zip(found, pairwise(parts), strict=True):
         yield number, SymbolScores(logprobs[start:stop], greedy[start:stop])

@@ -33,11 +33,14 @@ class Block(nn.Module):
     def forward(self, x: Tensor,           # (B, T, d_model)
                 attention: nn.Module,      # the network that the plan names for this layer
                 ffn: nn.Module,            # the same
-                attention_options: dict    # what `Attention.forward` takes beside x
-                ) -> tuple[Tensor, Tensor]: # (B, T, d_model); (B, n_kv_heads, T, d_head) attention's values
+                attention_options: dict,   # what `Attention.forward` takes beside x
+                at: Tensor | None = None   # (N,) the places in the flattened B x T that anything is asked of; None = all
+                ) -> tuple[Tensor, Tensor]: # (B, T, d_model) or (N, d_model); (B, n_kv_heads, T, d_head) attention's values
         "Add attention, then the feed-forward network."
         read, values = attention(self.attention_norm(x), lora=self.attention_lora, **attention_options)
         x = x + self.dropout(read)
+        if at is not None:
+            x = x.flatten(0, 1)[at]
         return x + self.dropout(ffn(self.ffn_norm(x), self.ffn_lora)), values
 
 # %% ../../nbs/24_model.core.ipynb #9f9248f0
@@ -81,9 +84,10 @@ class Core(nn.Module):
 
     def forward(self, x: Tensor,              # (B, T, d_model) symbol embeddings
                 cache: KVCache | None = None, # what was read before, with as many layers as the plan; grows by T
-                tree: Tree | None = None      # how the texts of each row begin alike, without a cache; None = a row is a text
-                ) -> Tensor:                  # (B, T, d_model), normalised
-        "Run every layer of the plan."
+                tree: Tree | None = None,     # how the texts of each row begin alike, without a cache; None = a row is a text
+                at: Tensor | None = None      # (N,) the places in the flattened B x T that anything is asked of; None = all
+                ) -> Tensor:                  # (B, T, d_model) or (N, d_model), normalised
+        "Run every layer of the plan; behind the last attention only what is asked for goes on."
         length, start = x.shape[1], cache.length if cache is not None else 0
         x = entered = self._enter(x, start if tree is None else tree.depths)
         mask, places = (self._mask(length, start, x.device), None) if tree is None else (self._tree_mask(tree), tree.depths)
@@ -93,7 +97,8 @@ class Core(nn.Module):
             if self.iterations is not None and layer.iteration > iteration:
                 x = x + self.iterations[layer.iteration - 1]
             iteration = layer.iteration
-            x, values = run_block(self._run, layer, x, entered, options | dict(layer=slot), again=self.checkpointing)
+            last = at if slot == len(self.plan) - 1 else None
+            x, values = run_block(self._run, layer, x, entered, options | dict(layer=slot), last, again=self.checkpointing)
             if slot == 0 and self.value_scales is not None:
                 options["first"] = values
         if cache is not None:
@@ -104,12 +109,12 @@ class Core(nn.Module):
         x = self.positions.embed(x, start)
         return self.dropout(x if self.embedding_norm is None else self.embedding_norm(x))
 
-    def _run(self, layer: Layer, x: Tensor, entered: Tensor, options: dict) -> tuple[Tensor, Tensor]: # as `Block`
+    def _run(self, layer: Layer, x: Tensor, entered: Tensor, options: dict, at: Tensor | None) -> tuple[Tensor, Tensor]: # as `Block`
         if self.stream_scales is not None and self.input_scales is not None:
             x = self.stream_scales[layer.block] * x + self.input_scales[layer.block] * entered
         if self.value_scales is not None and layer.block:  # the first block's values stay what they are, in every pass
             options = options | dict(share=self.value_scales[layer.block - 1])
-        after, values = self.blocks[layer.block](x, self.attentions[layer.attention], self.ffns[layer.ffn], options)
+        after, values = self.blocks[layer.block](x, self.attentions[layer.attention], self.ffns[layer.ffn], options, at)
         depth = (layer.block + 1) / len(self.blocks)
         return after if self.layer_drop is None else self.layer_drop(x, after, depth), values
 
@@ -121,7 +126,8 @@ class Core(nn.Module):
 
     def _tree_mask(self, tree: Tree) -> Tensor: # (B, 1 or n_heads, T, T)
         bias, sees = self.positions.bias(tree.depths.shape[1], tree.depths), tree.sees[:, None]
-        return sees if bias is None else bias.masked_fill(~sees, -torch.inf)
+        nothing = torch.zeros((), device=sees.device) if bias is None else bias
+        return nothing.where(sees, -torch.inf)  # numbers, made once: attention would make them of a boolean mask in every layer
 
 # %% ../../nbs/24_model.core.ipynb #38f30f3f
 def init_weights(module: nn.Module,  # a model or a part of one

@@ -66,10 +66,11 @@ class FlatStack(nn.Module):
 
     def forward(self, ids: Tensor,            # (B, T) symbols
                 cache: KVCache | None = None, # what was read before; grows by T
-                tree: Tree | None = None      # how the texts of each row begin alike
-                ) -> tuple[Tensor, None]:     # (B, T, d_model or embedding_rank); there are no patches
+                tree: Tree | None = None,     # how the texts of each row begin alike
+                at: Tensor | None = None      # (N,) the places in the flattened B x T that anything is asked of; None = all
+                ) -> tuple[Tensor, None]:     # (B, T, width) or (N, width), d_model or embedding_rank wide; there are no patches
         "Embed, run the stack."
-        return self.head_projection(self.core(self._embed(ids, cache, tree), cache, tree)), None
+        return self.head_projection(self.core(self._embed(ids, cache, tree), cache, tree, at)), None
 
     def _embed(self, ids: Tensor, cache: KVCache | None, tree: Tree | None) -> Tensor: # (B, T, d_model)
         x = self.embedding_projection(self.embedding(ids))
@@ -110,27 +111,34 @@ class LanguageModel(nn.Module):
         "Whether texts with a common beginning can share a row; the patches of a pooled model run one text a row."
         return not self.config.is_pooled
 
-    def _run(self, ids: Tensor, cache: KVCache | PatchCache | None) -> tuple[Tensor, Cuts | None]: # as `hidden`, and where patches ended
+    def _run(self, ids: Tensor,
+             cache: KVCache | PatchCache | None = None,
+             at: Tensor | None = None
+             ) -> tuple[Tensor, Cuts | None]: # as `hidden`, and where patches ended
         if cache is not None:
             cache.require_room(ids)
         length = ids.shape[1] + (cache.length if cache is not None else 0)
         if length > self.config.context:
             raise StlmError(f"the input has {length} symbols, but model.context={self.config.context}; give the model shorter pieces")
-        return self.body(ids, cache)
+        return self.body(ids, cache, at=at)
 
     def hidden(self, ids: Tensor,                         # (B, T) symbols
                cache: KVCache | PatchCache | None = None, # what was read before; grows by T
-               tree: Tree | None = None                   # how the texts of each row begin alike; None = a row is a text
-               ) -> Tensor:                               # (B, T, width)
-        "Vectors whose products with `head_weight` are the logits. Raises `StlmError` where a text exceeds `context`."
-        return self._run(ids, cache)[0] if tree is None else self._run_tree(ids, tree)
+               tree: Tree | None = None,                  # how the texts of each row begin alike; None = a row is a text
+               at: Tensor | None = None                   # (N,) the places in the flattened B x T that are wanted; None = all
+               ) -> Tensor:                               # (B, T, width), or (N, width) with `at`
+        """Vectors whose products with `head_weight` are the logits. Raises `StlmError` where a text exceeds `context`,
+        and for chosen places in training: what is dropped there is drawn for whole texts."""
+        if at is not None and self.training:
+            raise StlmError("vectors at chosen places come from a model that is not in training; call eval() first")
+        return self._run(ids, cache, at)[0] if tree is None else self._run_tree(ids, tree, at)
 
-    def _run_tree(self, ids: Tensor, tree: Tree) -> Tensor:
+    def _run_tree(self, ids: Tensor, tree: Tree, at: Tensor | None) -> Tensor:
         length = int(tree.depths.max()) + 1
         if not self.reads_trees or length > self.config.context:
             raise StlmError(f"a tree of texts up to {length} symbols needs a flat model with a context as long; this one is "
                             f"{'pooled' if self.config.is_pooled else 'flat'}, with model.context={self.config.context}")
-        return self.body(ids, tree=tree)[0]
+        return self.body(ids, tree=tree, at=at)[0]
 
     def forward(self, ids: Tensor,                         # (B, T) symbols
                 cache: KVCache | PatchCache | None = None  # what was read before; grows by T
@@ -146,7 +154,7 @@ class LanguageModel(nn.Module):
     def cuts(self, ids: Tensor      # (B, T) symbols
              ) -> Cuts | None:      # None for a flat model
         "Where the model ends patches."
-        return self._run(ids, None)[1]
+        return self._run(ids)[1]
 
     def nll(self, ids: Tensor,   # (B, T) symbols
             targets: Tensor      # (B, T) the symbols that come next; -100 = not scored
@@ -159,7 +167,7 @@ class LanguageModel(nn.Module):
                   z_loss: float = 0.0           # weight of the z-loss
                   ) -> tuple[Tensor, Tensor]:   # what training descends on, and the mean nats of a symbol in it
         "The loss. A z-loss comes on top, and a learned gate adds its ratio loss; for all others the two are the same."
-        hidden, cuts = self._run(ids, None)
+        hidden, cuts = self._run(ids)
         each, each_loss = self._scored(hidden, targets, z_loss)  # (B, T), (B, T)
         nats = each.mean()
         loss = each_loss.mean() if z_loss else nats

@@ -339,8 +339,9 @@ class PooledStack(nn.Module):
         return self.embedding.bytes.weight
 
     def forward(self, ids: Tensor,               # (B, T) symbols
-                cache: PatchCache | None = None  # what was read before; grows by T
-                ) -> tuple[Tensor, Cuts]:        # (B, T, d_local), and where the patches ended
+                cache: PatchCache | None = None, # what was read before; grows by T
+                at: Tensor | None = None         # (N,) the places in the flattened B x T that are wanted; None = all
+                ) -> tuple[Tensor, Cuts]:        # (B, T, d_local) or (N, d_local), and where the patches ended
         "Embed, encode, pool, run the stack, unpool, decode."
         opened = nothing_open(ids.shape[0], ids.device) if cache is None else cache.opened
         cuts = self._cut(ids, opened, cache)
@@ -352,7 +353,7 @@ class PooledStack(nn.Module):
         hidden = self._decode(states, answers, cuts, cache)
         if cache is not None:
             cache.opened, cache.length = after(cuts, ids), cache.length + ids.shape[1]
-        return hidden, cuts
+        return hidden if at is None else hidden.flatten(0, 1)[at], cuts
 
     def _cut(self, ids: Tensor, opened: Open, cache: PatchCache | None) -> Cuts | None:
         if self.patcher is None:

@@ -68,8 +68,8 @@ class Rope(Positions):
         "Turn pairs of coordinates by angles that grow with the position, in float32."
         cos, sin = (rows(table, start, x.shape[2])[..., None, :, :] for table in (self.cos, self.sin))  # (B or none, 1, T, turned / 2)
         left, right = x[..., :self.turned].float().chunk(2, dim=-1)       # (B, heads, T, turned / 2)
-        turned = torch.cat([left * cos - right * sin, left * sin + right * cos], dim=-1).to(x.dtype)
-        return torch.cat([turned, x[..., self.turned:]], dim=-1)
+        turned = torch.addcmul(left * cos, right, sin, value=-1), torch.addcmul(left * sin, right, cos)
+        return torch.cat([*(part.to(x.dtype) for part in turned), x[..., self.turned:]], dim=-1)
 
 # %% ../../nbs/21_model.positions.ipynb #7d2943d2
 class LearnedPositions(Positions):
