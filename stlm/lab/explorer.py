@@ -20,7 +20,8 @@ from typing import Any, get_args
 import ipywidgets as widgets
 import numpy as np
 
-from ..config import PRESETS, Ffn, ModelConfig, PatchConfig, Pool, Positions, RunConfig, Sharing, all_fields, preset, tokenizer_vocab_size
+from ..config import (PRESETS, Ffn, ModelConfig, Optimizer, PatchConfig, Pool, Positions, RunConfig, Sharing, all_fields, preset,
+                      tokenizer_vocab_size)
 from ..foundation import StlmError
 from ..hardware import peak_flops, pick_device, pick_precision
 from .plots import PARTS, parts, short
@@ -104,7 +105,10 @@ _FIELDS = {"tied_head": "model.tied_head", "layers": "model.n_layers", "position
            "encoder": "model.patches.encoder", "encoder_layers": "model.patches.encoder_layers", "pooling": "model.patches.pooling",
            "unpooling": "model.patches.unpooling", "decoder": "model.patches.decoder", "decoder_layers": "model.patches.decoder_layers",
            "window": "model.patches.window", "max_size": "model.patches.max_size", "ngram": "model.patches.ngram",
-           "ngram_buckets": "model.patches.ngram_buckets"}  # control -> the field that it shows
+           "ngram_buckets": "model.patches.ngram_buckets",
+           "optimizer": "train.optimizer", "qk_norm": "model.qk_norm", "zero_init": "model.zero_init",
+           "residual_scalars": "model.residual_scalars", "value_residual": "model.value_residual", "logit_softcap": "model.logit_softcap",
+           "flat_ngram": "model.ngram", "flat_ngram_buckets": "model.ngram_buckets"}  # control -> the field that it shows
 
 
 def _field(config: RunConfig, name: str) -> Any: # dotted
@@ -139,6 +143,7 @@ def hidden(values: Mapping[str, Any] # name of the control -> its value
         "encoder": pooled and rule != "gate", "max_size": pooled and rule != "stride" and _has_slots(values),
         "window": pooled and (_encoder(values) == "window" or values["decoder"] != "parallel"),
         "ngram_buckets": pooled and values["ngram"] > 0,
+        "flat_ngram": not pooled, "flat_ngram_buckets": not pooled and values["flat_ngram"] > 0,
         "times": bool(patterns & {"repeat", "cycle", "reverse"}),
         "free_ends": patterns != {"none"}, "lora_rank": patterns != {"none"}, "loops": values["loop_layers"] > 0}
     return {name for name, is_needed in matters.items() if not is_needed}
@@ -161,6 +166,10 @@ def _wanted_stack(values: Mapping[str, Any], base: ModelConfig) -> dict[str, Any
     return {"model.d_model": width, "model.n_heads": values["heads"], "model.n_kv_heads": _kv_heads(values["heads"], values["kv_group"]),
             "model.d_ff": _inner_width(values["ffn_ratio"], width, base.d_ff),
             "model.rope_fraction": base.rope_fraction if values["positions"] == "rope" else 1.0}
+
+
+def _wanted_schedule(values: Mapping[str, Any], base: RunConfig) -> dict[str, Any]: # schedule-free is what it says
+    return {"train.schedule": "constant" if values["optimizer"] == "schedulefree" else base.train.schedule}
 
 
 def _wanted_sharing(values: Mapping[str, Any]) -> dict[str, Any]: # no more layers than there are
@@ -190,7 +199,7 @@ def _wanted_local(values: Mapping[str, Any], base: PatchConfig) -> dict[str, Any
 
 def _wanted(values: Mapping[str, Any], base: RunConfig) -> dict[str, Any]: # every field that the controls decide
     plain = {field: values[control] for control, field in _FIELDS.items() if control not in hidden(values)}
-    wanted = plain | _wanted_stack(values, base.model) | _wanted_symbols(values)
+    wanted = plain | _wanted_stack(values, base.model) | _wanted_symbols(values) | _wanted_schedule(values, base)
     shown = wanted | {name: value for name, value in _wanted_sharing(values).items() if name in plain}
     return shown | _wanted_local(values, base.model.patches) if values["family"] == "pooled" else shown
 
@@ -447,6 +456,7 @@ _FAMILIES = [("byte pairs (BPE)", "bpe"), ("GPT-2 symbols", "gpt2"), ("bytes, fl
 _RULES = [("at a space", "space"), ("after so many bytes", "stride"), ("before a surprise (entropy)", "entropy"),
           ("where a learned gate says", "gate"), ("at marked ends of byte pairs", "bytes+bpe"),
           ("at marked ends of GPT-2's symbols", "bytes+gpt2")]
+_OPTIMIZERS = {"adamw": "AdamW", "muon": "Muon for matrices", "schedulefree": "schedule-free AdamW"}
 _POOLING = {"last": "last byte", "first": "first byte", "mean": "mean", "max": "maximum", "attention": "attention"}
 _UNPOOLING = [("repeated", "repeat"), ("a slot a byte", "linear"), ("attention", "attention")]
 _ENCODER = [("a window of bytes", "window"), ("its own patch (the paper)", "patch")]
@@ -548,6 +558,25 @@ def _patch_controls() -> dict[str, widgets.Widget]:
     }
 
 
+def _modern_controls() -> dict[str, widgets.Widget]:
+    yes_or_no = [("off", False), ("on", True)]
+    return {
+        "optimizer": _control(_Menu, "Optimizer", _FIELDS["optimizer"], options=_named(Optimizer, _OPTIMIZERS)),
+        "qk_norm": _control(_Menu, "QK-norm", "model.qk_norm: queries and keys of one length", options=yes_or_no),
+        "zero_init": _control(_Menu, "Zero start", "model.zero_init: at first no layer adds anything", options=yes_or_no),
+        "residual_scalars": _control(_Menu, "Scalars", "model.residual_scalars: how much of the stream and of the embedding a layer reads",
+                                     options=yes_or_no),
+        "value_residual": _control(_Menu, "Value residual", "model.value_residual: later layers mix in the first one's values",
+                                   options=yes_or_no),
+        "logit_softcap": _control(_Slide, "Soft cap", "model.logit_softcap: no logit goes beyond it",
+                                  options=[("none" if not cap else f"{cap:g}", cap) for cap in (0.0, 10.0, 15.0, 20.0, 30.0, 50.0)]),
+        "flat_ngram": _control(_Slide, "n-grams", "model.ngram: the last 2 to so many symbols are hashed into embeddings",
+                               options=_or_none(range(2, 9), "flat_ngram")),
+        "flat_ngram_buckets": _control(_Slide, "n-gram rows", "model.ngram_buckets: rows of their common table",
+                                       options=_with_presets((2 ** p for p in range(10, 18)), "flat_ngram_buckets")),
+    }
+
+
 def _make_controls(peak: float # operations a second of the hardware at best
                    ) -> dict[str, widgets.Widget]:
     return {
@@ -555,7 +584,7 @@ def _make_controls(peak: float # operations a second of the hardware at best
         "family": _control(_Menu, "Family", "data.tokenizer and model.patches", options=_FAMILIES),
         "vocabulary": _control(_Slide, "Vocabulary", "byte-pair symbols", options=_with_presets(TYPICAL_BYTES, "vocabulary")),
         "tied_head": _control(_Menu, "Output head", _FIELDS["tied_head"], options=[("is the embedding", True), ("its own matrix", False)]),
-        **_patch_controls(), **_stack_controls(), **_sharing_controls(),
+        **_patch_controls(), **_stack_controls(), **_modern_controls(), **_sharing_controls(),
         "text": _control(_Slide, "Text", "raw bytes of text to train on", options=_texts()),
         "peak": _control(_Slide, "FLOP/s", "what the hardware can do at best", options=_speeds(peak)),
         "utilisation": _control(_Slide, "Of it in use", "MFU: the share that training reaches",
@@ -563,13 +592,16 @@ def _make_controls(peak: float # operations a second of the hardware at best
     }
 
 
+_PATCHES, _MODERN = "Bytes and patches", "Modern switches"
 _GROUPS = {"Vocabulary": ("family", "patcher", "size", "vocabulary", "tied_head"),
-           "Bytes and patches": _LOCAL,
+           _PATCHES: _LOCAL,
            "Transformer": ("layers", "heads", "head_width", "kv_group", "positions", "context"),
            "Feed-forward": ("ffn", "ffn_ratio"),
+           _MODERN: ("optimizer", "qk_norm", "zero_init", "residual_scalars", "value_residual", "logit_softcap", "flat_ngram",
+                     "flat_ngram_buckets"),
            "Sharing": ("ffn_sharing", "attention_sharing", "times", "free_ends", "lora_rank", "loop_layers", "loops"),
            "Budget": ("text", "peak", "utilisation")}
-_FOLDED = "Bytes and patches"  # much to choose, and seldom what one looks for first
+_FOLDED = (_PATCHES, _MODERN)  # much to choose, and seldom what one looks for first
 
 # %% ../../nbs/73_lab.explorer.ipynb #3532c7aa
 def _html(kind: str, content: str = "") -> widgets.HTML:
@@ -636,7 +668,7 @@ class Explorer:
         return view
 
     def _group(self, title: str, children: list[widgets.Widget]) -> widgets.VBox:
-        return self._panel([_fold(title, widgets.VBox(children))] if title == _FOLDED else [_html("group", title), *children])
+        return self._panel([_fold(title, widgets.VBox(children))] if title in _FOLDED else [_html("group", title), *children])
 
     def _panel(self, children: list[widgets.Widget]) -> widgets.VBox:
         panel = widgets.VBox(children)
