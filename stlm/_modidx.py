@@ -44,6 +44,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '', 'doc_host': '', 'git_url
                              'stlm.config._check_fields': ('config.html#_check_fields', 'stlm/config.py'),
                              'stlm.config._coerce_plain': ('config.html#_coerce_plain', 'stlm/config.py'),
                              'stlm.config._is_device': ('config.html#_is_device', 'stlm/config.py'),
+                             'stlm.config._modern': ('config.html#_modern', 'stlm/config.py'),
                              'stlm.config._parse': ('config.html#_parse', 'stlm/config.py'),
                              'stlm.config._require': ('config.html#_require', 'stlm/config.py'),
                              'stlm.config._require_each': ('config.html#_require_each', 'stlm/config.py'),

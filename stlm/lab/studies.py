@@ -393,13 +393,16 @@ def _known_speeds(configs: Mapping[str, RunConfig],
 # %% ../../nbs/72_lab.studies.ipynb #7992c727
 def conclude(study: Study,
              table: pd.DataFrame, # one row a run
-             verdict: str         # one or two sentences
+             verdict: str,        # one or two sentences
+             page: str = "",      # the report's folder, where a study has several reports; "" = the study's name
+             title: str = ""      # its heading; "" = the notebook's
              ) -> None:
     "Write results.csv and conclusion.json into the study's folder."
     hardware = describe()
     machine = f"{hardware['cpu']}, {hardware['cores']} cores" + "".join(f", {gpu}" for gpu in hardware["gpus"])
     write_text(study.folder / "results.csv", table.to_csv(index=False))
-    write_json(study.folder / "conclusion.json", {"verdict": verdict, "hardware": machine})
+    named = {"page": page or study.name} | ({"title": title} if title else {})
+    write_json(study.folder / "conclusion.json", {"verdict": verdict, "hardware": machine, **named})
 
 
 def publish_study(notebook: Path, # the executed notebook, in the study's folder
@@ -410,4 +413,4 @@ def publish_study(notebook: Path, # the executed notebook, in the study's folder
     if not (folder / "conclusion.json").exists():
         raise StlmError(f"{notebook} has no conclusion; its last cell must call stlm.lab.studies.conclude")
     said = json.loads((folder / "conclusion.json").read_text("utf-8"))
-    return publish(folder.name, notebook, pd.read_csv(folder / "results.csv"), project_folder() / "reports", command=command, **said)
+    return publish(said.pop("page"), notebook, pd.read_csv(folder / "results.csv"), project_folder() / "reports", command=command, **said)

@@ -314,7 +314,7 @@ class _Ledger(TorchDispatchMode):
 class Memory:
     "Where the memory of training goes, in bytes. What the process itself takes comes on top."
     weights: int     # parameters and tables, float32
-    optimizer: int   # AdamW's two moments
+    optimizer: int   # AdamW's two moments; Muon keeps one of a matrix, an average of the weights comes on top
     gradients: int   # as large as what is trained
     activations: int # kept from the forward pass for the backward pass
     peak: int        # the most that is in use at once; while gradients come, activations go
