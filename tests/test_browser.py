@@ -88,8 +88,8 @@ def run_all_cells(browser, address: str):
 
 
 def control(page, name: str):
-    "The widget with this label."
-    return page.locator(f".stlm-explorer .jupyter-widgets:has(> .widget-label:text-is('{name}'))")
+    "The widget with this label, of those that can be seen."
+    return page.locator(f".stlm-explorer .widget-inline-hbox:has(> .widget-label:text-is('{name}')):visible")
 
 
 def press(page, name: str, key: str) -> None:
@@ -137,8 +137,29 @@ def test_the_explorer_answers_in_a_real_jupyterlab(browser, lab: str) -> None:
         control(page, "Preset").locator("select").select_option(name)
         expect(cell).to_have_value(parameters_cell(name, {}))
         expect(page.locator(".stlm-explorer .delta")).to_have_count(0)
+    walk_to_switches(page, cell)
     walk_to_patches(page, cell)
     assert page.locator(".stlm-explorer .bad, .jp-OutputArea-output[data-mime-type*=stderr]").count() == 0
+
+
+def walk_to_switches(page, cell) -> None:
+    "Another optimizer and embeddings of n-grams for a flat model, and back."
+    from playwright.sync_api import expect
+    control(page, "Preset").locator("select").select_option(label="stlm-10m")
+    page.get_by_role("button", name="Modern switches").click()
+    expect(control(page, "n-gram rows")).to_be_hidden()
+    press(page, "n-grams", "ArrowRight")
+    expect(control(page, "n-gram rows")).to_be_visible()
+    expect(cell).to_have_value(parameters_cell("stlm-10m", {"model.ngram": 2}))
+    take_pictures(page, "explorer-switches")
+    press(page, "n-grams", "ArrowLeft")
+    control(page, "Optimizer").locator("select").select_option(label="schedule-free AdamW")
+    expect(cell).to_have_value(parameters_cell("stlm-10m", {"train.optimizer": "schedulefree", "train.schedule": "constant"}))
+    control(page, "Optimizer").locator("select").select_option(label="Muon for matrices")
+    expect(cell).to_have_value(parameters_cell("stlm-10m", {"train.optimizer": "muon"}))
+    control(page, "Preset").locator("select").select_option(label="stlm-10m-modern")
+    expect(cell).to_have_value(parameters_cell("stlm-10m-modern", {}))
+    expect(control(page, "QK-norm").locator("select")).to_have_value("on")
 
 
 def walk_to_patches(page, cell) -> None:
