@@ -195,17 +195,18 @@ class ModelConfig:
 @dataclass(frozen=True)
 class DataConfig:
     "On what it is trained. Raises `ConfigError` for an impossible value."
-    corpus: str = "pydocs"           # pydocs, file:PATH, a short hub name, hub:owner/name[:config][:split][:column], mix:WEIGHT*CORPUS,…
-                                     # (several as one), or pieces:BYTES*CORPUS (documents that begin at any line)
+    corpus: str = "pydocs"           # pydocs, file:PATH, a short hub name, hub:owner/name[:config][:split][:column], or mix:WEIGHT*CORPUS,…
     tokenizer: str = "bpe:4096"      # bytes, bpe:V, gpt2, or bytes with the ends of another's symbols marked: bytes+bpe:V, bytes+gpt2
     max_bytes: int = 0               # stop reading the corpus after this many raw UTF-8 bytes; 0 = all of it
     valid_fraction: float = 0.01     # share of the documents held out for validation
     test_fraction: float = 0.01      # share of the documents held out for testing
+    piece_bytes: int = 0             # training documents are cut between lines into pieces of at least so many bytes; 0 = they stay whole
 
     def __post_init__(self) -> None:
         _check_fields(self, "data")
-        _require_each(self, "data.corpus", bool, "pydocs, file:PATH, a hub name, mix:WEIGHT*CORPUS,WEIGHT*CORPUS, or pieces:BYTES*CORPUS")
+        _require_each(self, "data.corpus", bool, "pydocs, file:PATH, a hub name, or mix:WEIGHT*CORPUS,WEIGHT*CORPUS")
         _require_each(self, "data.max_bytes", lambda v: v >= 0, "0 (all) or more")
+        _require_each(self, "data.piece_bytes", lambda v: v >= 0, "0 (whole documents) or more")
         _require_each(self, "data.valid_fraction data.test_fraction", lambda v: 0 < v <= 0.25, "more than 0, at most 0.25")
         tokenizer_vocab_size(self.tokenizer)
 

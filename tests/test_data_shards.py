@@ -103,6 +103,17 @@ def test_killed_build_leaves_nothing_to_mistake(cache, corpus):
     assert litter(cache) == []
 
 
+def test_only_what_is_trained_on_is_cut_in_pieces(cache, corpus):
+    whole, pieces = (prepare(DataConfig(**settings_for(corpus, "bpe:512"), piece_bytes=size), show_progress=False) for size in (0, 300))
+    assert whole.folder != pieces.folder and whole.tokenizer.fingerprint == pieces.tokenizer.fingerprint
+    texts, cut = ({split: list(data.split(split).documents(data.tokenizer)) for split in SPLITS} for data in (whole, pieces))
+    assert texts["validation"] == cut["validation"] and texts["test"] == cut["test"]
+    lines, lines_of_pieces = ({line for text in each["train"] for line in text.split("\n")} for each in (texts, cut))
+    assert lines == lines_of_pieces and len(cut["train"]) > 2 * len(texts["train"])
+    longest = max(len(line.encode()) for line in lines)
+    assert all(text.strip() and len(text.encode()) <= 300 + longest + text.count("\n\n") for text in cut["train"])
+
+
 def test_a_script_without_a_guard_is_told_so_and_waits_for_nothing(cache, corpus, tmp_path):
     "Each tokenising process runs such a script again before it works, and would wait for the lock of the one that waits for it."
     script = tmp_path / "script.py"

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['PYDOCS_PACKAGES', 'LONGEST_DOCUMENT', 'ROWS_AT_ONCE', 'HUB_SETS', 'PIECE_BYTES', 'SPLITS', 'Corpus',
            'read_docstrings', 'read_topics', 'extract_pydocs', 'find_files', 'cut_lines', 'choose_column', 'HubSet',
-           'parse_hub_name', 'group_rows', 'cached_rows', 'parse_mixture', 'interleave', 'parse_pieces', 'cut_pieces',
-           'open_corpus', 'hash_text', 'split_of', 'SeenHashes', 'different', 'split_documents', 'texts']
+           'parse_hub_name', 'group_rows', 'cached_rows', 'parse_mixture', 'interleave', 'open_corpus', 'hash_text',
+           'split_of', 'SeenHashes', 'different', 'split_documents', 'texts', 'cut_pieces', 'in_pieces']
 
 # %% ../../nbs/10_data.corpora.ipynb #6787fed5
 import ast
@@ -606,38 +606,6 @@ def _open_mixture(name: str) -> Corpus:
     content = fingerprint({"corpus": "mix", "parts": [[part.fingerprint, str(share)] for part, share in named]})
     return Corpus(name, content, info, partial(_read_mixture, [(part, float(share)) for part, share in named]))
 
-# %% ../../nbs/10_data.corpora.ipynb #ed2c1c67
-def parse_pieces(name: str              # pieces:BYTES*CORPUS
-                 ) -> tuple[int, str]:  # the least size, and the corpus
-    "How large the pieces are, and of what. Raises `StlmError`."
-    size, _, corpus = name.removeprefix("pieces:").partition("*")
-    if not re.fullmatch(r"[1-9]\d*", size) or not corpus:
-        raise StlmError(f"data.corpus={name!r} is not possible; allowed: pieces:BYTES*CORPUS with 1 byte or more")
-    return int(size), corpus
-
-
-def cut_pieces(text: str,       # a document
-               n_bytes: int     # the least size of a piece; the last one may be smaller
-               ) -> Iterator[str]:
-    "Whole lines of a document, together at least so many raw bytes, without blank lines at either end."
-    piece, size = list[str](), 0
-    for line in text.split("\n"):
-        piece.append(line)
-        size += len(line.encode("utf-8")) + 1
-        if size > n_bytes:
-            yield "\n".join(piece).strip("\n")
-            piece, size = [], 0
-    if piece:
-        yield "\n".join(piece).strip("\n")
-
-
-def _open_pieces(name: str) -> Corpus:
-    n_bytes, whole = parse_pieces(name)
-    corpus = open_corpus(whole)
-    info = corpus.info | {"document": f"lines that have {n_bytes:,} bytes together, of {corpus.info['document']}"}
-    content = fingerprint({"corpus": "pieces", "bytes": n_bytes, "of": corpus.fingerprint})
-    return Corpus(name, content, info, lambda: (piece for text in corpus.read() for piece in cut_pieces(text, n_bytes)))
-
 # %% ../../nbs/10_data.corpora.ipynb #92ecbe8c
 def open_corpus(name: str   # as in `DataConfig.corpus`
                 ) -> Corpus:
@@ -650,9 +618,7 @@ def open_corpus(name: str   # as in `DataConfig.corpus`
         return _open_hub(name)
     if name.startswith("mix:"):
         return _open_mixture(name)
-    if name.startswith("pieces:"):
-        return _open_pieces(name)
-    allowed = ["pydocs", "file:PATH", "hub:owner/name", "mix:WEIGHT*CORPUS,WEIGHT*CORPUS", "pieces:BYTES*CORPUS", *HUB_SETS]
+    allowed = ["pydocs", "file:PATH", "hub:owner/name", "mix:WEIGHT*CORPUS,WEIGHT*CORPUS", *HUB_SETS]
     raise StlmError(f"data.corpus={name!r} does not exist; {did_you_mean(name, allowed)}")
 
 # %% ../../nbs/10_data.corpora.ipynb #f4fd2054
@@ -752,3 +718,29 @@ def texts(config: DataConfig, # which corpus, how much of it, and the shares of 
     if split not in SPLITS:
         raise StlmError(f"split={split!r} does not exist; {did_you_mean(split, SPLITS)}")
     return (text for where, text in split_documents(open_corpus(config.corpus), config) if where == split)
+
+# %% ../../nbs/10_data.corpora.ipynb #18c402c0
+def cut_pieces(text: str,   # a document
+               n_bytes: int # the least size of a piece, line breaks included; the last one may be smaller
+               ) -> Iterator[str]:
+    "Whole lines of a document, together at least so many raw bytes, without blank lines at either end."
+    piece, size = list[str](), 0
+    for line in text.split("\n"):
+        piece.append(line)
+        size += len(line.encode("utf-8")) + 1
+        if size >= n_bytes and line.strip():
+            yield "\n".join(piece).strip("\n")
+            piece, size = [], 0
+    if any(map(str.strip, piece)):
+        yield "\n".join(piece).strip("\n")
+
+
+def in_pieces(documents: Iterable[tuple[str, str]], # (split, text), as from `split_documents`
+              n_bytes: int                          # 0 = nothing is cut
+              ) -> Iterator[tuple[str, str]]:       # the same, those of the train split in pieces
+    "Cut what is trained on."
+    for split, text in documents:
+        if n_bytes and split == "train":
+            yield from ((split, piece) for piece in cut_pieces(text, n_bytes))
+        else:
+            yield split, text

@@ -33,7 +33,7 @@ from typing import Any
 import numpy as np
 
 from ..config import DataConfig
-from .corpora import SPLITS, Corpus, open_corpus, split_documents
+from .corpora import SPLITS, Corpus, in_pieces, open_corpus, split_documents
 from .tokenizers import Tokenizer, load_tokenizer, open_tokenizer
 from ..foundation import StlmError, atomic_folder, cache_folder, cores, file_sha256, fingerprint, progress, write_json
 
@@ -488,7 +488,7 @@ def _remove_litter(folder: Path) -> None:
 # %% ../../nbs/12_data.shards.ipynb #48aab031
 def _describe(config: DataConfig, corpus: Corpus, tokenizer: Tokenizer) -> dict[str, Any]:
     return {"format": FORMAT,
-            "config": {name: getattr(config, name) for name in ("max_bytes", "valid_fraction", "test_fraction")},
+            "config": {name: getattr(config, name) for name in ("max_bytes", "valid_fraction", "test_fraction", "piece_bytes")},
             "corpus": {"name": corpus.name, "fingerprint": corpus.fingerprint, "info": corpus.info},
             "tokenizer": {"name": tokenizer.name, "fingerprint": tokenizer.fingerprint,
                           "vocab_size": tokenizer.vocab_size, "eot_id": tokenizer.eot_id}}
@@ -541,7 +541,7 @@ def prepare(config: DataConfig,
         if damage and folder.exists():
             warnings.warn(f"{folder}: {damage}; the data is prepared again", stacklevel=2)
         if damage:
-            _build(folder, split_documents(corpus, config), tokenizer, about, show_progress)
+            _build(folder, in_pieces(split_documents(corpus, config), config.piece_bytes), tokenizer, about, show_progress)
         shutil.rmtree(_work_folder(folder), ignore_errors=True)
     return Dataset(folder)
 
