@@ -143,6 +143,20 @@ def small_benchmarks(folder):
         (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
+def test_documents(project, overrides, tmp_path):
+    small_benchmarks(tmp_path)
+    common = {field: value for field, value in overrides.items() if field.startswith("data.")} | {"data.valid_fraction": 0.25}
+    common |= {"data.tokenizer": "bytes", "model.context": 64, "model.n_layers": 1, "train.compile": "off"}
+    parameters = {"corpus": overrides["data.corpus"], "budget": 4000, "score_bytes": 3000, "sizes": "[0,1]", "seeds": "[0]",
+                  "tasks": "blimp", "data_dir": tmp_path, "jobs": 2, "overrides": json.dumps(common)}
+    code, _, errors = stlm("report", "documents", *given(parameters), cwd=project)
+    assert code == 0, errors[-2000:]
+    results = pd.read_csv(project / "reports" / "documents" / "results.csv").set_index("arm")
+    assert list(results.index) == ["whole documents", "single lines"] and len(set(results["scored_bytes"])) == 1
+    assert results["bits_per_byte"].between(1, 12).all() and results["bits_per_byte_of_lines"].between(1, 12).all()
+    assert results["blimp"].between(0, 1).all()
+
+
 def test_the_report_card(project, overrides, tmp_path):
     torch.manual_seed(0)
     tokenizer = open_tokenizer(DataConfig(tokenizer="bytes"))
