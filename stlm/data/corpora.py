@@ -724,15 +724,18 @@ def cut_pieces(text: str,   # a document
                n_bytes: int # the least size of a piece, line breaks included; the last one may be smaller
                ) -> Iterator[str]:
     "Whole lines of a document, together at least so many raw bytes, without blank lines at either end."
-    piece, size = list[str](), 0
+    piece, size, end = list[str](), 0, 0  # `end`: lines up to the last one that is not blank
     for line in text.split("\n"):
+        if not piece and not line.strip():
+            continue
         piece.append(line)
         size += len(line.encode("utf-8")) + 1
-        if size >= n_bytes and line.strip():
-            yield "\n".join(piece).strip("\n")
+        end = len(piece) if line.strip() else end
+        if size >= n_bytes and end == len(piece):
+            yield "\n".join(piece)
             piece, size = [], 0
-    if any(map(str.strip, piece)):
-        yield "\n".join(piece).strip("\n")
+    if piece:
+        yield "\n".join(piece[:end])
 
 
 def in_pieces(documents: Iterable[tuple[str, str]], # (split, text), as from `split_documents`

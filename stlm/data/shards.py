@@ -551,12 +551,16 @@ def benchmark(config: DataConfig,
               ) -> dict[str, float]:
     "Speed of reading, tokenising and writing a corpus, in MB/s, beside the raw speed of `encode_batch` on the same text in memory."
     corpus, tokenizer = open_corpus(config.corpus), open_tokenizer(config)
-    texts = [text for _, text in split_documents(corpus, config)]
+
+    def documents() -> Iterator[tuple[str, str]]:
+        return in_pieces(split_documents(corpus, config), config.piece_bytes)
+
+    texts = [text for _, text in documents()]
     seconds: dict[str, list[float]] = {"raw": [], "prepared": []}
     for _ in range(repeats):
         seconds["raw"].append(_seconds(tokenizer.encode_batch, texts))
         with tempfile.TemporaryDirectory() as folder:
-            seconds["prepared"].append(_seconds(write_splits, Path(folder), split_documents(corpus, config), tokenizer, False))
+            seconds["prepared"].append(_seconds(write_splits, Path(folder), documents(), tokenizer, False))
     megabytes = _count_bytes(texts) / 1e6
     raw, prepared = (float(np.median(values)) for values in seconds.values())
     return {"megabytes": megabytes, "raw MB/s": megabytes / raw, "prepared MB/s": megabytes / prepared, "time ratio": prepared / raw}

@@ -369,8 +369,8 @@ def equal_budgets(base: str,                                # the preset that th
     return {arm: {**overrides, "train.bytes": round(n_bytes * first / cost[arm])} for arm, overrides in arms.items()}
 
 
-def _threads_of_a_run(jobs: int) -> int:
-    return max(1, cores() // jobs)
+def _threads_of_a_run(jobs: int) -> int: # a wish in the environment comes first
+    return int(os.environ.get("OMP_NUM_THREADS") or max(1, cores() // jobs))
 
 
 def _known_speeds(configs: Mapping[str, RunConfig],
@@ -413,4 +413,5 @@ def publish_study(notebook: Path, # the executed notebook, in the study's folder
     if not (folder / "conclusion.json").exists():
         raise StlmError(f"{notebook} has no conclusion; its last cell must call stlm.lab.studies.conclude")
     said = json.loads((folder / "conclusion.json").read_text("utf-8"))
-    return publish(said.pop("page"), notebook, pd.read_csv(folder / "results.csv"), project_folder() / "reports", command=command, **said)
+    page, results = said.pop("page", folder.name), pd.read_csv(folder / "results.csv")
+    return publish(page, notebook, results, project_folder() / "reports", command=command, **said)
