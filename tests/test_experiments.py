@@ -152,6 +152,7 @@ def test_documents(project, overrides, tmp_path):
     code, _, errors = stlm("report", "documents", *given(parameters), cwd=project)
     assert code == 0, errors[-2000:]
     results = pd.read_csv(project / "reports" / "documents" / "results.csv").set_index("arm")
+    assert list(results["status"]) == ["finished"] * 2, results["error"].tolist()
     assert list(results.index) == ["whole documents", "single lines"] and len(set(results["scored_bytes"])) == 1
     assert results["bits_per_byte"].between(1, 12).all() and results["bits_per_byte_of_lines"].between(1, 12).all()
     assert results["blimp"].between(0, 1).all()

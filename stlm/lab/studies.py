@@ -112,6 +112,9 @@ class StudyRun:
         return path.read_text("utf-8").strip() if path.exists() else ""
 
 # %% ../../nbs/72_lab.studies.ipynb #22bf5d35
+_PREPARING = threading.Lock()  # one data set at a time: `datasets` does not read in two threads, and preparing uses all cores anyway
+
+
 class Study:
     "Arms on one preset, each trained with every seed. Raises `ConfigError` for any impossible arm, before any work."
 
@@ -160,7 +163,8 @@ class Study:
         error_file = planned.run.folder / "error.txt"
         error_file.unlink(missing_ok=True)
         try:
-            prepare(planned.config.data)  # here, where its progress can be seen
+            with _PREPARING:
+                prepare(planned.config.data)  # here, where its progress can be seen
             run_in_process(planned, _threads_of_a_run(jobs), stop)
         except StlmError as error:
             write_text(error_file, f"{error}\n")
