@@ -9,6 +9,7 @@ __all__ = ['app', 'PresetOption', 'SetOption', 'ModelArgument', 'NotebookArgumen
 # %% ../nbs/90_cli.ipynb #3b53f267
 import os
 import shlex
+import shutil
 import sys
 from pathlib import Path
 from typing import Annotated, Any, Optional
@@ -213,7 +214,7 @@ def info(names: Annotated[Optional[list[str]], typer.Argument(help="Presets to c
     memories = {name: training_memory(config.model, windows, dtype=dtype, symbols_per_patch=accounts[name].symbols_per_patch)
                 for name, config in configs.items()}
     hours: dict[str, Any] = dict(n_bytes=megabytes * 1e6, peak_flops=peak_flops(place, dtype), mfu=mfu) if megabytes else {}
-    print(table(accounts, memories, **hours).T.to_string())
+    print(table(accounts, memories, **hours).T.to_string(line_width=shutil.get_terminal_size((120, 0)).columns))
 
 
 def _account(config: RunConfig, bytes_per_token: float, bytes_per_patch: float) -> Any:
