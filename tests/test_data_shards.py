@@ -33,6 +33,7 @@ from stlm.config import DataConfig
 from stlm.data import shards
 shards.COMMIT_CHUNKS = 2
 shards.prepare(DataConfig(**eval(sys.argv[1])))"""
+SLOWLY = "import os, time; os.fsync = lambda _: time.sleep(0.5)\n" + PREPARE  # many seconds, on the fastest machine
 
 
 @pytest.fixture
@@ -54,8 +55,8 @@ def settings_for(corpus, tokenizer):
     return dict(corpus=corpus, tokenizer=tokenizer, valid_fraction=0.05, test_fraction=0.05)
 
 
-def start_prepare(values):
-    return subprocess.Popen([sys.executable, "-c", PREPARE, repr(values)], stderr=subprocess.PIPE, text=True)
+def start_prepare(values, script=PREPARE):
+    return subprocess.Popen([sys.executable, "-c", script, repr(values)], stderr=subprocess.PIPE, text=True)
 
 
 def content(folder):
@@ -126,7 +127,7 @@ def test_a_script_without_a_guard_is_told_so_and_waits_for_nothing(cache, corpus
 
 def test_ctrl_c_leaves_nothing_to_mistake(cache, corpus):
     values = settings_for(corpus, "bpe:512")
-    process = start_prepare(values)
+    process = start_prepare(values, SLOWLY)
     wait_for_work(process, cache)
     process.send_signal(signal.SIGINT)
     _, errors = process.communicate(timeout=30)
