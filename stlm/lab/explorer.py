@@ -569,7 +569,7 @@ def _modern_controls() -> dict[str, widgets.Widget]:
         "value_residual": _control(_Menu, "Value residual", "model.value_residual: later layers mix in the first one's values",
                                    options=yes_or_no),
         "logit_softcap": _control(_Slide, "Soft cap", "model.logit_softcap: no logit goes beyond it",
-                                  options=[("none" if not cap else f"{cap:g}", cap) for cap in (0.0, 10.0, 15.0, 20.0, 30.0, 50.0)]),
+                                  options=_or_none((10, 15, 20, 30, 50), "logit_softcap")),
         "flat_ngram": _control(_Slide, "n-grams", "model.ngram: the last 2 to so many symbols are hashed into embeddings",
                                options=_or_none(range(2, 9), "flat_ngram")),
         "flat_ngram_buckets": _control(_Slide, "n-gram rows", "model.ngram_buckets: rows of their common table",
