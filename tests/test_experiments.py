@@ -10,7 +10,8 @@ from helpers import own_project, real_text, settings, small_run, stlm
 from stlm.config import ConfigError, DataConfig, ModelConfig
 from stlm.data.tokenizers import open_tokenizer
 from stlm.foundation import StlmError
-from stlm.lab.studies import Study, find_notebook, run_notebook
+from stlm.lab import studies
+from stlm.lab.studies import Study, equal_budgets, find_notebook, run_notebook
 from stlm.model.lm import LanguageModel
 from stlm.pretrained import save_pretrained
 from stlm.train.records import Run
@@ -52,6 +53,22 @@ def test_a_failing_arm_is_recorded_and_the_others_go_on(inside, overrides, capfd
     before = (study.of("good")[0].run.folder / "metrics.json").stat().st_mtime_ns
     study.train()
     assert (study.of("good")[0].run.folder / "metrics.json").stat().st_mtime_ns == before, "finished runs are not repeated"
+
+
+def test_an_arm_that_is_added_is_measured_beside_the_baseline_and_leaves_the_others_as_they_are(monkeypatch, tmp_path):
+    asked = []
+    def measure_speed(configs, rounds):
+        asked.append(list(configs))
+        speeds = {"baseline": 100.0 * len(asked), "wide": 50.0, "deep": 150.0}
+        return pd.DataFrame({"bytes_per_second": {arm: speeds[arm] for arm in configs}})
+    monkeypatch.setenv("STLM_CACHE", str(tmp_path))
+    monkeypatch.setattr(studies, "measure_speed", measure_speed)
+    arms = {"baseline": {}, "wide": {"model.d_ff": 512}, "deep": {"model.n_layers": 5}}
+    two = equal_budgets("demo-bpe", {arm: arms[arm] for arm in ("baseline", "wide")}, "seconds", 10_000)
+    three = equal_budgets("demo-bpe", arms, "seconds", 10_000)
+    assert asked == [["baseline", "wide"], ["baseline", "deep"]]
+    assert {arm: changes["train.bytes"] for arm, changes in three.items()} == {"baseline": 10_000, "wide": 5_000, "deep": 7_500}
+    assert {arm: three[arm] for arm in two} == two
 
 
 def test_impossible_arms_are_refused_before_any_work(inside, overrides):

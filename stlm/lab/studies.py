@@ -363,36 +363,47 @@ def equal_budgets(base: str,                                # the preset that th
                   ) -> dict[str, dict[str, Any]]:           # the arms with their `train.bytes`
     "Give every arm the text that its budget allows. Raises `ConfigError` for an unknown budget."
     coerce(budget, Budget, "budget")
-    cost = dict.fromkeys(arms, 1.0)
     configs = {arm: preset(base, {**overrides, "train.bytes": n_bytes}) for arm, overrides in arms.items()}
+    share = dict.fromkeys(arms, 1.0)  # of the baseline's bytes
     if budget == "flops":
         cost = {arm: _trainer(config, tempfile.gettempdir()).account().training_flops_per_byte for arm, config in configs.items()}
+        share = {arm: next(iter(cost.values())) / each for arm, each in cost.items()}
     if budget == "seconds":
-        cost = {arm: 1 / speed for arm, speed in _known_speeds(configs, _threads_of_a_run(jobs)).items()}
-    first = next(iter(cost.values()))
-    return {arm: {**overrides, "train.bytes": round(n_bytes * first / cost[arm])} for arm, overrides in arms.items()}
+        share = _relative_speeds(configs, _threads_of_a_run(jobs))
+    return {arm: {**overrides, "train.bytes": round(n_bytes * share[arm])} for arm, overrides in arms.items()}
 
 
 def _threads_of_a_run(jobs: int) -> int: # a wish in the environment comes first
     return int(os.environ.get("OMP_NUM_THREADS") or max(1, cores() // jobs))
 
 
-def _known_speeds(configs: Mapping[str, RunConfig],
-                  threads: int
-                  ) -> dict[str, float]: # measured once: a repeated study must find its runs again
+def _relative_speeds(configs: Mapping[str, RunConfig], # the first is the baseline
+                     threads: int
+                     ) -> dict[str, float]: # bytes a second, as multiples of the baseline's
+    baseline, *others = configs
+    paths = {arm: _speed_file(configs[baseline], configs[arm], threads) for arm in others}
+    missing = [arm for arm in others if not paths[arm].exists()]
+    if missing:
+        speeds = _speeds({arm: configs[arm] for arm in (baseline, *missing)}, threads)
+        for arm in missing:
+            write_json(paths[arm], {"baseline": speeds[baseline], "arm": speeds[arm]})
+    measured = {arm: json.loads(path.read_text("utf-8")) for arm, path in paths.items()}
+    return {baseline: 1.0} | {arm: found["arm"] / found["baseline"] for arm, found in measured.items()}
+
+
+def _speed_file(baseline: RunConfig, arm: RunConfig, threads: int) -> Path:
     machine = {name: value for name, value in describe().items() if name in ("cpu", "cores", "gpus")}
-    arms = {arm: to_dict(config) for arm, config in configs.items()}
-    key = fingerprint({"machine": machine, "threads": threads, "arms": arms})
-    path = cache_folder() / "speeds" / f"{key}.json"
-    if not path.exists():
-        before = torch.get_num_threads()
-        torch.set_num_threads(threads)
-        try:
-            speeds = measure_speed(configs, rounds=50)["bytes_per_second"]  # an error here is one in every result
-        finally:
-            torch.set_num_threads(before)
-        write_json(path, dict(speeds))
-    return json.loads(path.read_text("utf-8"))
+    key = fingerprint({"machine": machine, "threads": threads, "baseline": to_dict(baseline), "arm": to_dict(arm)})
+    return cache_folder() / "speeds" / f"{key}.json"
+
+
+def _speeds(configs: Mapping[str, RunConfig], threads: int) -> dict[str, float]: # bytes a second
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        return dict(measure_speed(configs, rounds=50)["bytes_per_second"])  # an error here is one in every result
+    finally:
+        torch.set_num_threads(before)
 
 # %% ../../nbs/72_lab.studies.ipynb #7992c727
 def conclude(study: Study,
