@@ -334,6 +334,7 @@ def measure_speed(configs: Mapping[str, RunConfig], # by arm
         trainers = {arm: _trainer(config, folder) for arm, config in configs.items()}
         for trainer in trainers.values():
             trainer.step()
+            trainer.settle()
         speeds = {arm: [] for arm in trainers}  # type: dict[str, list[float]]
         for _ in progress(range(rounds), "speed, side by side", rounds, " rounds"):
             for arm, trainer in trainers.items():
@@ -349,6 +350,7 @@ def _trainer(config: RunConfig, folder: str) -> Trainer: # in memory; nothing is
 def _speed_of_a_step(trainer: Trainer) -> float:
     before = trainer.progress.bytes, trainer.progress.seconds
     trainer.step()
+    trainer.settle()  # here, or another arm would pay for what a GPU has still to do
     return (trainer.progress.bytes - before[0]) / (trainer.progress.seconds - before[1])
 
 # %% ../../nbs/72_lab.studies.ipynb #ea358ffc

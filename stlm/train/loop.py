@@ -32,7 +32,7 @@ from ..config import RunConfig, Shape, TrainConfig, to_yaml
 from ..data.batches import Batch, Batches, windows_in_order
 from ..data.shards import Dataset, prepare
 from ..foundation import StlmError, bits_of, cache_folder, progress, project_folder, write_json
-from ..hardware import describe, peak_flops, peak_memory_bytes, pick_precision
+from ..hardware import describe, peak_flops, peak_memory_bytes, pick_precision, reset_peak_memory, synchronize
 from ..model.accounting import Account, account
 from ..model.lm import LanguageModel
 from ..model.patches import EntropyPatcher, segmenter_config
@@ -40,7 +40,7 @@ from ..pretrained import from_pretrained, save_pretrained
 from .checkpoints import CheckpointWriter, load_checkpoint
 from .distributed import Objective, World, averaged, connected, share_of, travelling
 from .optimizers import Average, best_of, make_optimizer, set_learning_rate, set_weight_decay
-from .records import Run, append_log, begin, cut_log, locked, read_log
+from .records import Run, append_log, begin, cut_log, locked, read_log, require_same
 from .schedules import batch_starts, learning_rate, loops_run, planned_steps, share
 
 # %% ../../nbs/44_train.loop.ipynb #d2babaf7
@@ -121,10 +121,11 @@ def explain_memory(config: RunConfig, # of the run
             raise
         own, context = share_of(config.train, processes), config.model.context
         parts = next((n for n in range(own.accumulation + 1, own.batch_size + 1) if own.batch_size % n == 0), None)
-        advice = f"set train.accumulation={parts * processes}" if parts else f"set model.context below {context}"
+        advice = f"train.accumulation={parts * processes}" if parts else f"model.context below {context}"
+        again = "" if config.train.checkpoint_activations else " or train.checkpoint_activations=true"
         windows = own.batch_size // own.accumulation
-        raise StlmError(f"out of memory with {windows} window{'s' * (windows > 1)} of {context} symbols at once; {advice}, "
-                        "or take a smaller model (model.n_layers, model.d_model)") from error
+        raise StlmError(f"out of memory with {windows} window{'s' * (windows > 1)} of {context} symbols at once; begin a new run with "
+                        f"{advice}{again}, or with a smaller model (model.n_layers, model.d_model)") from error
 
 
 def _is_out_of_memory(error: Exception) -> bool: # for the processor PyTorch has no type of its own
@@ -170,7 +171,7 @@ def load_segmenter(model: LanguageModel, # with an entropy patcher
     own, patcher = segmenter_run(config), model.body.patcher
     assert isinstance(patcher, EntropyPatcher)
     run = Run(cache_folder() / "segmenters" / own.id)
-    _train(own, run, World(), show_progress)
+    _train(own, run, World(), show_progress, wait=True)  # who needs the same one at the same time gets it from the first
     trained, _ = from_pretrained(run.model_folder, "cpu")
     patcher.load_state_dict(trained.body.state_dict(), strict=False)  # all but the threshold
     if not config.model.patches.threshold:
@@ -380,6 +381,16 @@ class Trainer:
             sums.tokens, sums.bytes, sums.seconds = sums.tokens + tokens * counts, sums.bytes + seen * counts, sums.seconds + seconds
         self.progress.step += 1
 
+    def settle(self) -> None:
+        "Wait for the device; what it still had to do is time of the steps since the last line of the log."
+        if not self.interval.seconds:
+            return
+        start = time.perf_counter()
+        synchronize(self.device)
+        waited = time.perf_counter() - start
+        self.progress.seconds += waited
+        self.interval.seconds += waited
+
     def _is_useful(self, norm: torch.Tensor) -> bool:
         "Whether the step changed the weights; counts those that did not. Raises `Diverged` when there were too many in a row."
         if self.config.train.nonfinite == "stop" or torch.isfinite(norm):
@@ -389,25 +400,30 @@ class Trainer:
         self.progress.skipped_in_a_row += 1
         if self.progress.skipped_in_a_row == min(SKIPS_IN_A_ROW, self.plan.steps):
             raise Diverged(f"{self.progress.skipped_in_a_row} steps in a row had no finite gradient, up to step {self.progress.step + 1} "
-                           f"with train.lr={self.config.train.lr:g}; the last good state is in {self.run.checkpoint_folder}")
+                           f"with train.lr={self.config.train.lr:g}{self._good_state()}")
         return False
 
     def check_finite(self) -> None:
         "Raise `Diverged` if any loss or gradient since the last check was not finite."
         if not math.isfinite(self.interval.nats.item() + self.interval.norm.item()):
-            saved = self.run.checkpoint_folder
-            raise Diverged(f"loss or gradient is not finite at step {self.progress.step} with train.lr={self.config.train.lr:g}; "
-                           f"the last good state is in {saved}; try a lower train.lr or a longer train.warmup in a new run")
+            raise Diverged(f"loss or gradient is not finite at step {self.progress.step} with train.lr={self.config.train.lr:g}"
+                           f"{self._good_state()}; try a lower train.lr or a longer train.warmup in a new run")
+
+    def _good_state(self) -> str: # the end of a sentence
+        saved = self.run.checkpoint_folder
+        return f"; the last good state is in {saved}" if saved.exists() else ""
 
     def log(self) -> dict[str, Any]:
         "Write a line about the steps since the last one."
+        self.settle()
         self.world.add(self.interval.nats)
-        self.check_finite()  # waits for the device, so the clock below counts its work
+        self.check_finite()
         i = self.interval
         nats = i.nats.item()
         line = {"step": self.progress.step, "bytes": self.progress.bytes, "tokens": self.progress.tokens,
                 "seconds": self.progress.seconds, "loss": nats / i.tokens if i.tokens else math.nan, "bpb": bits_of(nats, i.bytes),
-                "lr": self.optimizer.param_groups[0]["lr"], "grad_norm": i.norm.item(), "bytes_per_second": i.bytes / i.seconds,
+                "lr": learning_rate(max(0, self.progress.step - 1), self.plan.steps, self.config.train), "grad_norm": i.norm.item(),
+                "bytes_per_second": i.bytes / i.seconds,
                 "mfu": i.flops / i.seconds / self.peak, "skipped": self.progress.skipped}
         self._write(line)
         self.interval = self._new_interval()
@@ -427,6 +443,7 @@ class Trainer:
 
     def validate(self) -> dict[str, float]:
         "Bits per byte on the first windows of the validation text, with a line in the log."
+        self.settle()
         with self.scored_weights():
             nats, tokens, size = self.world.sums(*self._cost_of_validation())
         line = {"step": self.progress.step, "bytes": self.progress.bytes, "tokens": self.progress.tokens,
@@ -493,6 +510,7 @@ class Trainer:
     def fit(self) -> None:
         "Train to the end. Raises `Stopped` or `Diverged`."
         self.tell("started", self)
+        reset_peak_memory(self.device)
         if self.compiles:
             self.warm_up()
         with stop_signals() as stop, self.writer:
@@ -572,9 +590,11 @@ def steps_in_time(config: RunConfig, # with `train.seconds`
     probe.warm_up()
     for _ in range(3):
         probe.step()
+    probe.settle()
     before = probe.progress.seconds
     for _ in range(PACE_STEPS):
         probe.step()
+    probe.settle()
     pace = world.sums((probe.progress.seconds - before) / PACE_STEPS)[0] / world.size
     steps = max(1, int(config.train.seconds / pace))
     if world.is_first:
@@ -589,7 +609,7 @@ def train(config: RunConfig,                # everything that decides the result
           ) -> Run:                         # the finished run
     "Train a model, or resume, or return at once when the run is already finished. Raises `Stopped`, `Diverged`, `StlmError`."
     run = _run_in(folder, config)
-    if run.status != "finished":
+    if not _is_finished(run, config):
         with connected() as world:
             _train(config, run, world, show_progress and world.is_first, watchers if world.is_first else ())
     return run
@@ -599,13 +619,21 @@ def _run_in(folder: str | Path | None, config: RunConfig) -> Run:
     return Run(folder or project_folder() / "runs" / "train" / config.id)
 
 
-def _train(config: RunConfig, run: Run, world: World, show_progress: bool, watchers: Sequence[Watcher] = ()) -> None:
+def _is_finished(run: Run, config: RunConfig) -> bool: # Raises `StlmError` for a run of another configuration
     if run.status == "finished":
+        require_same(run, config)
+    return run.status == "finished"
+
+
+def _train(config: RunConfig, run: Run, world: World, show_progress: bool, watchers: Sequence[Watcher] = (), wait: bool = False) -> None:
+    if _is_finished(run, config):
         return
     with world.in_turn():
         dataset = prepare(config.data, show_progress=show_progress)
     world.agree("texts", dataset.fingerprint)
-    with locked(run) if world.is_first else nullcontext(), explain_memory(config, world.size):
+    with locked(run, wait) if world.is_first else nullcontext(), explain_memory(config, world.size):
+        if world.sums(world.is_first and _is_finished(run, config))[0]:  # by another process meanwhile
+            return
         if world.is_first:
             begin(run, config, describe() | {"data": dataset.fingerprint, "corpus": dataset.manifest["corpus"]})
         if config.train.seconds:
