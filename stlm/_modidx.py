@@ -861,6 +861,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '', 'doc_host': '', 'git_url
                                      'stlm.lab.statistics.Difference.is_none': ( 'lab.statistics.html#difference.is_none',
                                                                                  'stlm/lab/statistics.py'),
                                      'stlm.lab.statistics._gaps': ('lab.statistics.html#_gaps', 'stlm/lab/statistics.py'),
+                                     'stlm.lab.statistics._over_draws': ('lab.statistics.html#_over_draws', 'stlm/lab/statistics.py'),
                                      'stlm.lab.statistics._over_groups': ('lab.statistics.html#_over_groups', 'stlm/lab/statistics.py'),
                                      'stlm.lab.statistics.adjusted': ('lab.statistics.html#adjusted', 'stlm/lab/statistics.py'),
                                      'stlm.lab.statistics.compare_over_items': ( 'lab.statistics.html#compare_over_items',

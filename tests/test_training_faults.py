@@ -150,8 +150,10 @@ def train_in_little_memory(overrides, folder):
 
 @pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="the system does not tell how much memory is in use")
 @pytest.mark.parametrize(("sizes", "advice"), [
-    ({"train.batch_size": 1024, "train.accumulation": 2}, "512 windows of 512 symbols at once; begin a new run with train.accumulation=4 or train.checkpoint_activations=true"),
-    ({"train.batch_size": 1, "train.accumulation": 1, "model.context": 400_000}, "1 window of 400000 symbols at once; begin a new run with model.context below 400000")])
+    ({"train.batch_size": 1024, "train.accumulation": 2},
+     "512 windows of 512 symbols at once; begin a new run with train.accumulation=4 or train.checkpoint_activations=true"),
+    ({"train.batch_size": 1, "train.accumulation": 1, "model.context": 400_000},
+     "1 window of 400000 symbols at once; begin a new run with model.context below 400000")])
 def test_out_of_memory(overrides, tmp_path, sizes, advice):
     overrides = tiny_run("pydocs") | {"data.max_bytes": 1_000_000, "model.context": 512} | sizes
     error = error_in_fork(train_in_little_memory, overrides, tmp_path / "large")

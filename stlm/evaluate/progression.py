@@ -6,6 +6,7 @@
 __all__ = ['Corruption', 'CORRUPTIONS', 'Pool', 'Item', 'make_items', 'progression', 'progression_table']
 
 # %% ../../nbs/61_evaluate.progression.ipynb #fa23a99d
+import math
 import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -179,5 +180,7 @@ def progression_table(rows: pd.DataFrame # from `progression`
 def _accuracy(rows: pd.DataFrame) -> dict[str, float]:
     accuracy = rows["right"].mean()
     residuals = (rows["right"] - accuracy).groupby(rows["document"]).sum()  # of whole documents
-    return {"accuracy": accuracy, "standard_error": float(np.sqrt((residuals ** 2).sum()) / len(rows)),
+    n = len(residuals)
+    variance = (residuals ** 2).sum() * n / (n - 1) if n > 1 else math.nan  # one document says nothing of others
+    return {"accuracy": accuracy, "standard_error": math.sqrt(variance) / len(rows),
             "knows_nothing": rows["knows_nothing"].mean(), "items": len(rows), "truncated": int(rows["truncated"].sum())}

@@ -38,21 +38,6 @@ class Difference:
         return f"{self.value:+.3f} [{self.low:+.3f}, {self.high:+.3f}]"
 
 # %% ../../nbs/65_lab.statistics.ipynb #c0a973e3
-def difference_over_documents(first: ArrayLike,         # nats of each document under the first model, (D,)
-                              second: ArrayLike,        # nats of the same documents under the second model, (D,)
-                              n_bytes: ArrayLike,       # raw UTF-8 bytes of each document, (D,)
-                              confidence: float = 0.95,
-                              resamples: int = 2000,
-                              seed: int = 0
-                              ) -> Difference:          # in bits per byte
-    "Paired bootstrap over documents of the difference in bits per byte."
-    gap = (np.asarray(second, float) - np.asarray(first, float)) / math.log(2)  # (D,) bits
-    size = np.asarray(n_bytes, float)
-    weights = np.random.default_rng(seed).multinomial(len(gap), np.full(len(gap), 1 / len(gap)), resamples)  # (R, D) times drawn
-    low, high = np.quantile((weights @ gap) / (weights @ size), [(1 - confidence) / 2, (1 + confidence) / 2])
-    return Difference(gap.sum() / size.sum(), float(low), float(high), confidence)
-
-# %% ../../nbs/65_lab.statistics.ipynb #05571c89
 def _gaps(first: ArrayLike, second: ArrayLike) -> np.ndarray: # (N,)
     before, after = np.asarray(first, float), np.asarray(second, float)
     if before.shape != after.shape or before.ndim != 1 or not len(before):
@@ -60,6 +45,30 @@ def _gaps(first: ArrayLike, second: ArrayLike) -> np.ndarray: # (N,)
     return after - before
 
 
+def _over_draws(totals: np.ndarray, sizes: np.ndarray, value: float, confidence: float) -> Difference: # (R,) sums of each draw
+    there = sizes > 0  # a draw of empty documents only has no ratio
+    low, high = np.quantile(totals[there] / sizes[there], [(1 - confidence) / 2, (1 + confidence) / 2])
+    return Difference(value, float(low), float(high), confidence)
+
+
+def difference_over_documents(first: ArrayLike,         # nats of each document under the first model, (D,)
+                              second: ArrayLike,        # nats of the same documents under the second model, (D,)
+                              n_bytes: ArrayLike,       # raw UTF-8 bytes of each document, (D,)
+                              confidence: float = 0.95,
+                              resamples: int = 2000,
+                              seed: int = 0
+                              ) -> Difference:          # in bits per byte
+    "Paired bootstrap over documents of the difference in bits per byte. Raises `StlmError` for what is no pairs, and without a byte."
+    gap, size = _gaps(first, second) / math.log(2), np.asarray(n_bytes, float)  # (D,) bits, (D,)
+    if size.shape != gap.shape or not size.sum() > 0:
+        raise StlmError(f"{len(gap)} documents have {size.size} sizes, {size.sum():g} bytes in all; allowed: one each, not all zero")
+    value = float(gap.sum() / size.sum())
+    if len(gap) < 2:
+        return Difference(value, -math.inf, math.inf, confidence)
+    weights = np.random.default_rng(seed).multinomial(len(gap), np.full(len(gap), 1 / len(gap)), resamples)  # (R, D) times drawn
+    return _over_draws(weights @ gap, weights @ size, value, confidence)
+
+# %% ../../nbs/65_lab.statistics.ipynb #05571c89
 def _over_groups(gaps: np.ndarray,         # (N,)
                  groups: ArrayLike | None  # (N,) labels; None = every item is a group of its own
                  ) -> tuple[np.ndarray, np.ndarray]: # (G,) the sum of the gaps in each group, (G,) its number of items
@@ -81,10 +90,12 @@ def difference_over_items(first: ArrayLike,                # score of each item 
                           ) -> Difference:                 # in the scores' unit: of accuracy for right and wrong
     "Paired bootstrap over items, or over groups of them, of the difference in mean score. Raises `StlmError` for scores that are no pairs."
     total, size = _over_groups(_gaps(first, second), groups)
+    value = float(total.sum() / size.sum())
+    if len(total) < 2:
+        return Difference(value, -math.inf, math.inf, confidence)
     kinds, counts = np.unique(np.stack([total, size]), axis=1, return_counts=True)                        # (2, K), (K,)
     drawn = np.random.default_rng(seed).multinomial(len(total), counts / len(total), resamples) @ kinds.T # (R, 2)
-    low, high = np.quantile(drawn[:, 0] / drawn[:, 1], [(1 - confidence) / 2, (1 + confidence) / 2])
-    return Difference(float(total.sum() / size.sum()), float(low), float(high), confidence)
+    return _over_draws(drawn[:, 0], drawn[:, 1], value, confidence)
 
 # %% ../../nbs/65_lab.statistics.ipynb #5794da39
 def p_over_items(first: ArrayLike,                # score of each item under the first model: right 1, wrong 0, (N,)
@@ -94,6 +105,8 @@ def p_over_items(first: ArrayLike,                # score of each item under the
                  ) -> float:                      # two-sided
     "How probable such a difference is between equals: McNemar's mid-p, in groups a permutation test. Raises `StlmError` for no pairs."
     total, _ = _over_groups(_gaps(first, second), groups)
+    if groups is not None and len(total) < 2:
+        return 1.0
     if groups is not None:
         return float(stats.permutation_test((total,), np.sum, permutation_type="samples", vectorized=True, n_resamples=4999,
                                             rng=np.random.default_rng(seed)).pvalue)
@@ -109,7 +122,7 @@ def difference_over_seeds(first: ArrayLike,        # a figure of the first arm, 
                           confidence: float = 0.95
                           ) -> Difference:
     "Paired t interval over seeds. With one seed the interval is unbounded: nothing can be claimed."
-    gaps = np.asarray(second, float) - np.asarray(first, float)
+    gaps = _gaps(first, second)
     if len(gaps) < 2:
         return Difference(float(gaps.mean()), -math.inf, math.inf, confidence)
     half = stats.t.ppf((1 + confidence) / 2, len(gaps) - 1) * gaps.std(ddof=1) / math.sqrt(len(gaps))
