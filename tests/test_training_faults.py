@@ -14,7 +14,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from helpers import FORKS, command, error_in_fork, own_project, real_text, settings, small_run, stlm, tiny_run, train_in_fork
+from helpers import (FORKS, command, error_in_fork, own_project, real_text, settings, small_run, start_forks, stlm, tiny_run,
+                     train_in_fork)
 from stlm.config import preset
 from stlm.data.shards import prepare
 from stlm.evaluate.bits import bits_per_byte
@@ -22,6 +23,7 @@ from stlm.foundation import StlmError, file_sha256
 from stlm.infer.generate import generate
 from stlm.model.accounting import account
 from stlm.pretrained import from_pretrained
+from stlm.train import loop
 from stlm.train.checkpoints import best_checkpoint, checkpoints, load_checkpoint
 from stlm.train.loop import Diverged, Stopped, Trainer, Watcher, train
 from stlm.train.records import Run, locked, read_log
@@ -67,7 +69,10 @@ EVERYTHING = {"train.optimizer": "muon", "train.cautious": True, "train.ema": 0.
               "model.dropout": 0.2, "train.dropout_schedule": "triangle", "train.weight_decay_schedule": "down"}
 
 
-@pytest.mark.parametrize(("changes", "times"), [({}, 20), (EVERYTHING, 6), ({"train.optimizer": "schedulefree", "train.schedule": "constant"}, 4)],
+SCHEDULE_FREE = {"train.optimizer": "schedulefree", "train.schedule": "constant"}
+
+
+@pytest.mark.parametrize(("changes", "times"), [({}, 20), (EVERYTHING, 6), (SCHEDULE_FREE, 4)],
                          ids=["adamw", "muon-and-schedules", "schedule-free"])
 def test_killed_at_random_moments(project, overrides, tmp_path, changes, times):
     """Every other time while a checkpoint is written. Each process begins where the one before was killed."""
@@ -257,6 +262,22 @@ def test_damaged_checkpoint_gives_way_to_the_one_before(project, overrides, unin
     with pytest.warns(UserWarning, match=newest.name):
         train(config, folder, show_progress=False)
     assert Run(folder).status == "finished"
+
+
+def train_with_segmenter(overrides, folder):
+    loop.SEGMENTER_BYTES = 20_000
+    train_in_fork(overrides, folder)
+
+
+def test_two_runs_that_need_the_same_segmenter(overrides, tmp_path, monkeypatch):
+    monkeypatch.setenv("STLM_CACHE", str(tmp_path / "cache"))
+    overrides = tiny_run(overrides["data.corpus"]) | {"data.tokenizer": "bytes", "model.patches.patcher": "entropy", "train.steps": 3}
+    forks = [start_forks(1, train_with_segmenter, overrides | {"train.seed": seed}, tmp_path / str(seed))[0] for seed in (0, 1)]
+    assert [pipe.recv() for _, pipe in forks] == ["", ""], "the second waits for the first"
+    for process, _ in forks:
+        process.join()
+    assert [Run(tmp_path / seed).status for seed in "01"] == ["finished"] * 2
+    assert len(list((tmp_path / "cache" / "segmenters").glob("*/metrics.json"))) == 1
 
 
 def test_another_configuration_is_refused(project, overrides, uninterrupted):
