@@ -1,16 +1,21 @@
 """Notebooks as experiments, and the command line: on a small corpus, in a project of their own."""
 
 import json
+import math
+import shutil
 
+import numpy as np
 import pandas as pd
 import pytest
 import torch
+from bs4 import BeautifulSoup
 
 from helpers import own_project, real_text, settings, small_run, stlm
 from stlm.config import ConfigError, DataConfig, ModelConfig
 from stlm.data.tokenizers import open_tokenizer
 from stlm.foundation import StlmError
 from stlm.lab import studies
+from stlm.lab.statistics import detectable_accuracy
 from stlm.lab.studies import Study, equal_budgets, find_notebook, run_notebook
 from stlm.model.lm import LanguageModel
 from stlm.pretrained import save_pretrained
@@ -175,28 +180,124 @@ def test_documents(project, overrides, tmp_path):
     assert results["blimp"].between(0, 1).all()
 
 
-def test_the_report_card(project, overrides, tmp_path):
-    torch.manual_seed(0)
+def save_tiny(folder, seed):
+    "A model that has learned nothing."
+    torch.manual_seed(seed)
     tokenizer = open_tokenizer(DataConfig(tokenizer="bytes"))
     shape = ModelConfig(vocab_size=tokenizer.vocab_size, context=128, n_layers=1, d_model=16, n_heads=2, n_kv_heads=1, d_ff=32)
-    save_pretrained(tmp_path / "second", LanguageModel(shape), tokenizer)
+    save_pretrained(folder, LanguageModel(shape), tokenizer)
+    return folder
+
+
+def school_questions(folder, count=40):
+    "Questions of ARC whose choices differ in length, in a file."
+    texts = [[f"{n}", f"{n} and no more", f"about as many as {n + 1}", f"{n + 2}!"] for n in range(count)]
+    rows = [{"question": f"What is {n} and 0?", "choices": {"text": choices, "label": [*"ABCD"]}, "answerKey": "ABCD"[n % 4]}
+            for n, choices in enumerate(texts)]
+    (folder / "arc_easy_test.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return texts
+
+
+def rows_under(page, heading):
+    "The cells of the first table below a heading, as text."
+    table = BeautifulSoup(page, "html.parser").find("h2", string=heading).find_next("table")
+    return [[cell.get_text(strip=True) for cell in row.find_all(["th", "td"])] for row in table.find_all("tr")]
+
+
+def shares_by_length(table, texts):
+    "What falls to each choice, (N, 4), with its characters taken out."
+    a_character = np.array([np.array(row) / [*map(len, choices)] for row, choices in zip(table["logprob"], texts, strict=False)])
+    return np.exp(a_character) / np.exp(a_character).sum(1, keepdims=True)
+
+
+def calibration_by_hand(shares, truth):
+    bins = {}
+    for share, right in zip(shares, truth, strict=True):
+        bins.setdefault(math.ceil(10 * share.max()), []).append(share.max() - (share.argmax() == right))
+    return sum(abs(sum(gaps)) for gaps in bins.values()) / len(shares)
+
+
+def asked_before(folder, task):
+    "What was kept of a model's answers."
+    (path,) = (folder / "evaluations").glob(f"{task}-*.parquet")
+    return pd.read_parquet(path)
+
+
+def test_the_report_card(project, overrides, tmp_path):
+    save_tiny(tmp_path / "second", 0)
     code, _, errors = stlm("train", *settings(overrides | {"train.steps": 17}), "--folder", tmp_path / "first", cwd=project)
     assert code == 0, errors
+    (tmp_path / "grammar.txt").write_text("All of the dogs sing. The birds run away.\n" * 50)  # what a third one would have read
+    shutil.copytree(tmp_path / "first", tmp_path / "third")
+    config = tmp_path / "third" / "config.yaml"
+    config.write_text(config.read_text().replace(overrides["data.corpus"], f"file:{tmp_path / 'grammar.txt'}"))
     small_benchmarks(tmp_path)
-    parameters = {"models": json.dumps([f"small: {tmp_path / 'first'}", str(tmp_path / "second")]), "tasks": "blimp,mmlu", "limit": 2,
-                  "data_dir": tmp_path, "corpora": json.dumps([real_text(tmp_path)]), "score_bytes": 3000, "prompts": '["The"]',
-                  "overlap_words": 3}
+    texts = school_questions(tmp_path)
+    parameters = {"models": json.dumps([f"small: {tmp_path / 'first'}", str(tmp_path / "second"), str(tmp_path / "third")]),
+                  "tasks": "blimp,mmlu,arc_easy", "limit": 30, "data_dir": tmp_path, "corpora": json.dumps([real_text(tmp_path)]),
+                  "score_bytes": 3000, "prompts": '["The"]', "overlap_words": 3}
     code, _, errors = stlm("report", "evaluate", *given(parameters), cwd=project)
     assert code == 0, errors[-2000:]
     results = pd.read_csv(project / "reports" / "evaluate" / "results.csv").set_index("arm")
-    assert list(results.index) == ["small", "second"] and set(results["blimp_n_items"]) == set(results["mmlu_n_items"]) == {4}
+    assert list(results.index) == ["small", "second", "third"] and set(results["status"]) == {"measured"}
+    assert set(results["blimp_n_items"]) == set(results["mmlu_n_items"]) == {6} and set(results["arc_easy_n_items"]) == {30}
     assert results["blimp_acc"].between(0, 1).all() and results["bits_per_byte_licence.txt"].between(1, 40).all()
+    assert (results["bits_per_byte_licence.txt_sliding"] != results["bits_per_byte_licence.txt"]).all()
     page = (project / "reports" / "evaluate" / "index.html").read_text()
-    assert "strongest rival" in page and "chance" in page and "The first 2 questions" in page
+    assert "chance" in page and "The first 30 questions" in page
     assert "<td>17</td>" in page, "the steps of the one that is a run"
-    assert "points over small</th>" in page and "suspicious</th>" in page
+
+    table, other = (asked_before(tmp_path / name, "arc_easy") for name in ("first", "second"))
+    shares, truth = shares_by_length(table, texts), table["truth"]
+    below = {tuple(row[:2]): row[-1] for row in rows_under(page, "Below the accuracy")}
+    assert below["small", "arc_easy"] == f"{calibration_by_hand(shares, truth):.3f}", "lengths are taken out, as in acc_norm"
+    of_truth = sorted(shares[range(30), truth])
+    told = [row[1:3] for row in rows_under(page, "The easiest and the hardest") if row[0] == "arc_easy"]
+    assert told == [["easiest", f"{share:.3f}"] for share in of_truth[:-3:-1]] + [["hardest", f"{share:.3f}"] for share in of_truth[:2]]
+
+    better = {tuple(row[:2]): row[2:] for row in rows_under(page, "Which is better")}  # points, interval, can be shown, won, lost, p
+    discordance = (table["acc_norm"] != other["acc_norm"]).mean()
+    assert better["arc_easy, acc_norm", "second"][2] == f"{100 * detectable_accuracy(30, discordance, level=0.025):.1f}"
+    assert better["arc_easy, acc_norm", "third"] == ["+0.0", "+0.0 to +0.0", "-", "0", "0", "1"], "one and the same"
+
+    seen = {tuple(row[:2]): row[2:5] for row in rows_under(page, "Has it been seen before?")}
+    assert seen["small", "blimp"] == ["6", "0", "0"] and seen["third", "blimp"] == ["4", "2", "0"], "each in the text that it has read"
     figures = project / "reports" / "evaluate" / "figures"
-    assert {path.stem for path in figures.iterdir()} == {"accuracy", "blimp-phenomena", "mmlu-categories"}
+    assert {path.stem for path in figures.iterdir()} == {"accuracy", "reliability", "blimp-phenomenon", "blimp-paradigm", "mmlu-category",
+                                                         "mmlu-subject", "bits-in-sight"}
+    by_paradigm = pd.read_csv(project / "runs" / "evaluate" / "blimp_by_paradigm.csv").set_index(["model", "paradigm"])
+    assert by_paradigm["n_items"].to_dict() == {(model, verb): 3 for model in results.index for verb in ("sing", "run")}
+
+
+def test_a_report_card_shows_what_is_missing_and_goes_on(project, tmp_path):
+    passages = ["The river rose for three days, and in the end the water took the bridge and the mill beside the river",
+                "She had put the letter into the drawer herself, but when she looked there was no letter",
+                "He asked the old man for the way to the harbour, and the man walked with him down to the harbour"]
+    (tmp_path / "lambada_test.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in passages))
+    models = [tmp_path / "gone", save_tiny(tmp_path / "good", 0), save_tiny(tmp_path / "other", 1)]
+    parameters = {"models": json.dumps([*map(str, models)]), "tasks": "lambada", "data_dir": tmp_path, "prompts": '["The"]',
+                  "corpora": json.dumps([real_text(tmp_path), f"file:{tmp_path / 'nowhere.txt'}"]), "score_bytes": 2000}
+    code, _, errors = stlm("report", "evaluate", *given(parameters), cwd=project)
+    assert code == 0, errors[-2000:]
+    results = pd.read_csv(project / "reports" / "evaluate" / "results.csv").set_index("arm")
+    assert results["status"].to_dict() == {"gone": "failed", "good": "measured", "other": "measured"}
+    assert "config.json" in results.loc["gone", "error"] and results.loc["good", "error"].startswith(f"file:{tmp_path / 'nowhere.txt'}")
+    assert results.loc[["good", "other"], ["lambada_acc", "lambada_perplexity", "bits_per_byte_licence.txt"]].notna().all(axis=None)
+    page = (project / "reports" / "evaluate" / "index.html").read_text()
+    assert "gone could not be measured" in page and "no task has choices" in page
+    missing = {tuple(row[:2]): row[2] for row in rows_under(page, "What is asked")}
+    assert "config.json" in missing["gone", "everything"] and "finds no file" in missing["other", f"file:{tmp_path / 'nowhere.txt'}"]
+    assert [row[:2] for row in rows_under(page, "Bits per byte")[2:]] == [["good", "licence.txt"], ["other", "licence.txt"]]
+
+
+@pytest.mark.parametrize("models, said", [
+    (["runs/a/model", "runs/b/model", "runs/c/a"], "runs/a/model and runs/c/a are both called a"),
+    (["gone"], "no model could be measured: gone: cannot read gone/config.json")])
+def test_a_report_card_that_cannot_be_made(project, tmp_path, models, said):
+    small_benchmarks(tmp_path)
+    parameters = {"models": json.dumps(models), "tasks": "blimp", "data_dir": tmp_path}
+    code, _, errors = stlm("report", "evaluate", *given(parameters), cwd=project)
+    assert code == 2 and said in errors, errors[-2000:]
 
 
 def test_scoring(project, overrides, tmp_path):

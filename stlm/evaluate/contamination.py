@@ -184,7 +184,7 @@ def _draw_reliability(axis: Axes, models: Mapping[str, pd.DataFrame], bins: int)
         table = reliability_table(judged, bins)
         sizes = 120 * table["items"] / table["items"].max() + 4
         (named,) = axis.plot([], [], "o", label=name)  # takes the next colour of the style, and stands in the legend
-        axis.scatter(table["confidence"], table["accuracy"], s=sizes, color=named.get_color(), alpha=0.8)
+        axis.scatter(table["confidence"], table["accuracy"], s=sizes, color=named.get_color(), alpha=0.8, clip_on=False)
     axis.set(xlim=(0, 1), ylim=(0, 1))
 
 
