@@ -126,6 +126,14 @@ def test_lm_eval_is_left_alone_until_it_is_asked_for() -> None:
     assert "stlm" not in evaluate.__name__ and Path(evaluate.__file__).parent.name == "evaluate"  # lm-eval's, not the room of this name
 
 
+def test_lm_eval_keeps_its_own_models() -> None:
+    pytest.importorskip("accelerate", reason="lm-eval's hf backend needs accelerate; pip install 'stlm[harness]' brings it")
+    code = ("from stlm.evaluate.harness import register; register()\n"
+            "from lm_eval.api.registry import get_model; print(*(get_model(name).__name__ for name in ('dummy', 'hf', 'stlm')))")
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
+    assert found == ["DummyLM", "HFLM", "HarnessModel"]
+
+
 def test_the_command_is_lm_evals_own(samples: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
                                      capsys: pytest.CaptureFixture[str]) -> None:
     model = LanguageModel(ModelConfig(vocab_size=257, **SIZES | FAMILIES["bytes"]))

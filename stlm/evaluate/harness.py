@@ -123,6 +123,7 @@ class HarnessModel(LM):
 # %% ../../nbs/64_evaluate.harness.ipynb #649b86c1
 def register() -> None:
     "Let lm-eval know the model `stlm`: `--model stlm --model_args path=FOLDER`, or `simple_evaluate(\"stlm\", …)`."
+    optional("lm_eval.models", "harness")  # lm-eval lists its own models only where it finds no other
     registry = optional("lm_eval.api.registry", "harness").model_registry
     if "stlm" not in registry:
         registry.register("stlm", target=f"{HarnessModel.__module__}:{HarnessModel.__name__}")
