@@ -575,6 +575,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '', 'doc_host': '', 'git_url
                                          'stlm.evaluate.reference._agree': ('evaluate.reference.html#_agree', 'stlm/evaluate/reference.py'),
                                          'stlm.evaluate.reference._context': ( 'evaluate.reference.html#_context',
                                                                                'stlm/evaluate/reference.py'),
+                                         'stlm.evaluate.reference._described': ( 'evaluate.reference.html#_described',
+                                                                                 'stlm/evaluate/reference.py'),
                                          'stlm.evaluate.reference._opening': ( 'evaluate.reference.html#_opening',
                                                                                'stlm/evaluate/reference.py'),
                                          'stlm.evaluate.reference._pieces': ( 'evaluate.reference.html#_pieces',

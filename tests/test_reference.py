@@ -1,6 +1,7 @@
 "The scorer says of other people's models what lm-evaluation-harness says of them."
 import json
 import random
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -9,6 +10,7 @@ import pytest
 import tokenizers
 import torch
 
+from stlm.evaluate.benchmarks import model_fingerprint
 from stlm.evaluate.reference import load_reference
 from stlm.foundation import StlmError
 from stlm.infer.scoring import score
@@ -80,6 +82,21 @@ def test_scores_are_those_of_lm_eval(folder: Path) -> None:
     assert [each.greedy for each in ours] == [greedy for _, greedy in theirs]
     assert model.config.context == lm.max_length == CONTEXT and tokenizer.eot_id == lm.prefix_token_id
     assert [each.truncated for each in ours] == [number == len(pairs) - 2 for number in range(len(pairs))]
+
+
+def test_a_fingerprint_names_the_whole_configuration(tmp_path: Path) -> None:
+    tiny("Llama").save_pretrained(tmp_path / "one")
+    save_tokenizer(tmp_path / "one", None)
+    config = json.loads((tmp_path / "one" / "config.json").read_text())
+    turned = {"rope_parameters": config["rope_parameters"] | {"rope_theta": 500.0}}
+    for name, changed in {"moved": {"transformers_version": "4.0.0"}, "turned": turned, "normed": {"rms_norm_eps": 1e-2}}.items():
+        shutil.copytree(tmp_path / "one", tmp_path / name)
+        (tmp_path / name / "config.json").write_text(json.dumps(config | changed))
+    loaded = {name: load_reference(tmp_path / name) for name in ("one", "moved", "turned", "normed")}
+    scores = {name: score(*each, [("The quick brown fox", " jumps over the lazy dog")])[0].logprob for name, each in loaded.items()}
+    prints = {name: model_fingerprint(*each) for name, each in loaded.items()}
+    assert scores["one"] == scores["moved"] and len(set(scores.values())) == 3
+    assert prints["one"] == prints["moved"] and len(set(prints.values())) == 3
 
 
 def test_a_models_own_code_is_not_run(folder: Path) -> None:

@@ -6,6 +6,7 @@
 __all__ = ['ReferenceTokenizer', 'ReferenceConfig', 'ReferenceModel', 'load_reference']
 
 # %% ../../nbs/56_evaluate.reference.ipynb #29314b22
+import json
 import os
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -70,8 +71,16 @@ class ReferenceTokenizer(Tokenizer):
 @dataclass(frozen=True)
 class ReferenceConfig:
     "What the scorer asks of a configuration."
-    context: int    # longest input in symbols
-    vocab_size: int # symbols that the model predicts
+    context: int     # longest input in symbols
+    vocab_size: int  # symbols that the model predicts
+    fingerprint: str # of the library's own configuration: the same weights say something else with another one
+
+
+def _described(config: Any) -> str:
+    "A fingerprint of what a configuration of `transformers` says of the model, wherever it lies and whoever wrote it."
+    aside = ("_name_or_path", "transformers_version")
+    said = json.loads(config.to_json_string(use_diff=False), object_hook=lambda part: {key: part[key] for key in part.keys() - set(aside)})
+    return fingerprint(said)
 
 
 def _context(config: Any, inner: Any) -> int:
@@ -93,7 +102,7 @@ class ReferenceModel(nn.Module):
         ids = torch.arange(1, 9, device=next(inner.parameters()).device)[None]  # any symbols will do
         with torch.inference_mode():
             own = self.hidden(ids)
-            self.config = ReferenceConfig(context, own.shape[-1])
+            self.config = ReferenceConfig(context, own.shape[-1], _described(inner.config))
             self.head = inner.get_output_embeddings()
             if not _agree(lambda: self.logits(self.hidden(ids)), own):
                 self.head = None
