@@ -8,9 +8,11 @@ __all__ = ['app', 'PresetOption', 'SetOption', 'ModelArgument', 'NotebookArgumen
 
 # %% ../nbs/90_cli.ipynb #3b53f267
 import os
+import re
 import shlex
 import shutil
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated, Any, Optional
 
@@ -95,42 +97,63 @@ def _is_first() -> bool: # of the processes that train one model; `torchrun` num
 
 # %% ../nbs/90_cli.ipynb #6e972b60
 @app.command()
-def evaluate(name: Annotated[str, typer.Argument(metavar="MODEL", help="A run's folder, the folder of a saved model, or hf:NAME for one of "
+def evaluate(context: typer.Context,
+             name: Annotated[str, typer.Argument(metavar="MODEL", help="A run's folder, the folder of a saved model, or hf:NAME for one of "
                                                                        "Hugging Face.")],
              tasks: Annotated[str, typer.Option(help="Benchmarks instead of bits per byte, separated by commas: blimp, hellaswag, "
                                                      "arc_easy, winogrande, mmlu (all = these five), and others.")] = "",
              limit: Annotated[int, typer.Option(min=0, help="Questions of a benchmark, of each of its finest groups where it has groups; "
                                                             "0 = all.")] = 0,
              data_dir: Annotated[Optional[Path], typer.Option(help="Folder with the benchmarks as files; the hub if not given.")] = None,  # noqa: UP045
-             settings: SetOption = None,
-             split: Annotated[str, typer.Option(help="validation or test.")] = "validation",
-             max_bytes: Annotated[int, typer.Option(help="Stop after this many raw bytes of documents; 0 = all.")] = 1_000_000,
+             corpus: Annotated[Optional[str], typer.Option(help="Text to score instead of the run's own: file:PATH, a name on the hub or "  # noqa: UP045
+                                                                "pydocs, as in data.corpus.")] = None,
+             split: Annotated[str, typer.Option(help="Of the run's own text: validation or test.")] = "validation",
+             max_bytes: Annotated[int, typer.Option(min=0, help="Stop after this many raw bytes of documents; 0 = all.")] = 1_000_000,
              stride: Annotated[int, typer.Option(help="Symbols between windows; 0 = windows do not overlap.")] = 0,
              precision: Annotated[str, typer.Option(help="For benchmarks: fp32 as lm-evaluation-harness, bf16 (faster), auto.")] = "fp32",
              device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:N or mps.")] = "auto") -> None:
-    "Bits per byte on held-out documents: of the run's own corpus, or of another one with --set data.corpus=…; or benchmarks, with --tasks."
+    "Bits per byte on documents that the run held out, or on another text, with --corpus; or benchmarks, with --tasks."
     if tasks:
         _ask(name, tasks, limit, data_dir, precision, device)
     else:
-        _measure(name, settings, split, max_bytes, stride, device)
+        _measure(name, corpus, split, max_bytes, stride, device)
 
 
-def _measure(name: str, settings: list[str] | None, split: str, max_bytes: int, stride: int, device: str) -> None: # bits per byte
-    from stlm.data.shards import prepare as prepare_data
+def _measure(name: str, corpus: str | None, split: str, max_bytes: int, stride: int, device: str) -> None: # bits per byte
     from stlm.evaluate.benchmarks import open_model
     from stlm.evaluate.bits import bits_per_byte
-    from stlm.lab.studies import first_documents
+    texts, source, label = _text(corpus, max_bytes) if corpus else _held_out(name, split, max_bytes)
     model, tokenizer, folder = open_model(name, device)
-    dataset = prepare_data(_data_of(folder, settings))
-    texts = first_documents(dataset, split, max_bytes or sys.maxsize)
     bits = bits_per_byte(model, tokenizer, texts, stride=stride or None)
     figures = bits.summary()
     interval = "{:.4f} to {:.4f} at 95% over documents, ".format(*figures["interval"]) if figures["interval"] else ""
+    part = f" ({source['split']})" if source["split"] else ""
+    stopped = f", where --max-bytes {max_bytes} stopped" if 0 < max_bytes <= bits.n_bytes else ""
     print(f"{bits.bits_per_byte:.4f} bits per byte ({interval}{bits.bits_per_byte_without_end:.4f} without the ends of documents) "
-          f"on {bits.n_bytes:,} bytes in {bits.n_documents:,} documents; window {bits.window}, stride {bits.stride}")
-    output = folder / f"bits_{split}.json"
-    write_json(output, figures | {"corpus": dataset.manifest["corpus"]["name"], "data": dataset.fingerprint, "split": split})
+          f"on {bits.n_bytes:,} bytes in {bits.n_documents:,} documents of {source['corpus']}{part}{stopped}; "
+          f"window {bits.window}, stride {bits.stride}")
+    output = folder / f"bits_{label}.json"
+    write_json(output, figures | source)
     print(f"wrote {output}")
+
+
+def _text(name: str, max_bytes: int) -> tuple[Iterable[str], dict[str, Any], str]: # documents, what they are, and a word for a file's name
+    from stlm.data.corpora import open_corpus
+    corpus = open_corpus(name)
+    word = re.sub(r"[^\w.-]+", "-", Path(name.partition(":")[2] or name).name).strip("-.")[:40]
+    source = {"corpus": name, "data": corpus.fingerprint, "split": None}
+    return corpus.documents(max_bytes), source, f"{word}-{corpus.fingerprint[:8]}"
+
+
+def _held_out(name: str, split: str, max_bytes: int) -> tuple[Iterable[str], dict[str, Any], str]: # the same of a run's own text
+    from stlm.data.shards import prepare as prepare_data
+    from stlm.lab.studies import first_documents
+    from stlm.train.records import Run
+    if not (Path(name) / "config.yaml").exists():
+        raise StlmError(f"{name} is no run's folder, so no text is held out for it; name a text with --corpus, such as file:PATH or pydocs")
+    dataset = prepare_data(Run(Path(name)).config.data)
+    source = {"corpus": dataset.manifest["corpus"]["name"], "data": dataset.fingerprint, "split": split}
+    return first_documents(dataset, split, max_bytes or sys.maxsize), source, split
 
 
 def _ask(name: str, names: str, limit: int, data_dir: Path | None, precision: Any, device: str) -> None: # benchmarks
@@ -146,13 +169,6 @@ def _ask(name: str, names: str, limit: int, data_dir: Path | None, precision: An
     output = folder / "evaluations" / "benchmarks.json"
     write_json(output, {"model": name, "command": command, "tasks": summaries, "environment": describe()})
     print(f"wrote {output}, and every question beside it")
-
-
-def _data_of(folder: Path, settings: list[str] | None) -> Any:
-    from stlm.config import from_dict, override, to_dict
-    from stlm.train.records import Run
-    config = Run(folder).config if (folder / "config.yaml").exists() else preset("demo-bytes")
-    return from_dict(RunConfig, override(to_dict(config), parse_overrides(settings or []))).data
 
 
 @app.command()

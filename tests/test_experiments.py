@@ -11,8 +11,10 @@ import torch
 from bs4 import BeautifulSoup
 
 from helpers import own_project, real_text, settings, small_run, stlm
+from stlm.cli import app
 from stlm.config import ConfigError, DataConfig, ModelConfig
-from stlm.data.tokenizers import open_tokenizer
+from stlm.data.tokenizers import open_tokenizer, train_bpe
+from stlm.evaluate.bits import bits_per_byte
 from stlm.foundation import StlmError
 from stlm.lab import studies
 from stlm.lab.statistics import detectable_accuracy
@@ -330,14 +332,34 @@ def test_the_commands(project, overrides):
     assert code == 0 and Run(project / "mine").metrics["steps"] == 21, "a finished run is shown again"
     code, output, errors = stlm("evaluate", "mine", "--max-bytes", 2000, cwd=project)
     assert code == 0 and "bits per byte" in output and (project / "mine" / "bits_validation.json").exists(), errors
-    same = settings({name: value for name, value in overrides.items() if name.startswith("data.")})
-    code, output, errors = stlm("evaluate", "mine/model", "--split", "test", *same, cwd=project)
-    assert code == 0, errors
+    assert overrides["data.corpus"] in output
     code, first, errors = stlm("generate", "mine", "The licence", "--max-tokens", 20, cwd=project)
     assert code == 0 and first.startswith("The licence"), errors
     assert stlm("generate", "mine", "The licence", "--max-tokens", 20, cwd=project)[1] == first, "the same seed, the same text"
     code, output, errors = stlm("runs", ".", cwd=project)
     assert code == 0 and "mine" in output and "finished" in output, errors
+
+
+def test_a_text_is_scored_as_it_is(tmp_path, capsys):
+    torch.manual_seed(0)
+    documents = ["A first document, naïve and short.", "A second one.\nIt has two lines.", "A third one, which ends the file."]
+    tokenizer = train_bpe("bpe:300", [" ".join(documents) * 3])
+    sizes = dict(context=16, n_layers=1, d_model=16, n_heads=2, n_kv_heads=1, d_ff=32)
+    model = LanguageModel(ModelConfig(vocab_size=tokenizer.vocab_size, **sizes))
+    save_pretrained(tmp_path / "mine", model, tokenizer)
+    for name, texts in {"whole": documents, "first": documents[:1]}.items():
+        (tmp_path / f"{name} of it.txt").write_text("\n\n".join(texts), encoding="utf-8")
+        app(["evaluate", str(tmp_path / "mine"), "--corpus", f"file:{tmp_path}/{name} of it.txt", "--stride", "8"], standalone_mode=False)
+        bits, output = bits_per_byte(model, tokenizer, texts, stride=8), capsys.readouterr().out
+        assert output.startswith(f"{bits.bits_per_byte:.4f} bits per byte") and f"documents of file:{tmp_path}/{name} of it.txt;" in output
+        path, = (tmp_path / "mine").glob(f"bits_{name}-of-it*.json")
+        found = json.loads(path.read_text())
+        assert found["bits_per_byte"] == bits.bits_per_byte and found["n_bytes"] == sum(len(text.encode()) for text in texts)
+    app(["evaluate", str(tmp_path / "mine"), "--corpus", f"file:{tmp_path}/whole of it.txt", "--max-bytes", "1"], standalone_mode=False)
+    assert "in 1 documents" in (output := capsys.readouterr().out) and "where --max-bytes 1 stopped" in output
+    for folder in ("mine", "hf:nobody/nothing"):
+        with pytest.raises(StlmError, match=r"name a text with --corpus"):
+            app(["evaluate", folder if ":" in folder else str(tmp_path / folder)], standalone_mode=False)
 
 
 @pytest.mark.parametrize("arguments, said", [
