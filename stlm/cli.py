@@ -96,12 +96,15 @@ def _is_first() -> bool: # of the processes that train one model; `torchrun` num
     return os.environ.get("RANK", "0") == "0"
 
 # %% ../nbs/90_cli.ipynb #6e972b60
+_BENCHMARKS = ("Benchmarks instead of bits per byte, separated by commas; all = blimp, hellaswag, arc_easy, winogrande, mmlu. There are "
+               "blimp, blimp_in_text, hellaswag, arc_easy, winogrande, mmlu, mmlu_5shot, mmlu_cloze, winogrande_sentence, piqa, lambada.")
+
+
 @app.command()
 def evaluate(context: typer.Context,
              name: Annotated[str, typer.Argument(metavar="MODEL", help="A run's folder, the folder of a saved model, or hf:NAME for one of "
                                                                        "Hugging Face.")],
-             tasks: Annotated[str, typer.Option(help="Benchmarks instead of bits per byte, separated by commas: blimp, hellaswag, "
-                                                     "arc_easy, winogrande, mmlu (all = these five), and others.")] = "",
+             tasks: Annotated[str, typer.Option(help=_BENCHMARKS)] = "",
              limit: Annotated[int, typer.Option(min=0, help="Questions of a benchmark, of each of its finest groups where it has groups; "
                                                             "0 = all.")] = 0,
              data_dir: Annotated[Optional[Path], typer.Option(help="Folder with the benchmarks as files; the hub if not given.")] = None,  # noqa: UP045
@@ -114,9 +117,19 @@ def evaluate(context: typer.Context,
              device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:N or mps.")] = "auto") -> None:
     "Bits per byte on documents that the run held out, or on another text, with --corpus; or benchmarks, with --tasks."
     if tasks:
+        _refuse(context, "is not for benchmarks; leave it or --tasks out", "corpus", "split", "max_bytes", "stride")
         _ask(name, tasks, limit, data_dir, precision, device)
     else:
+        _refuse(context, "is for benchmarks; name some with --tasks, or leave it out", "limit", "data_dir", "precision")
+        if corpus:
+            _refuse(context, "divides the run's own text, and --corpus is scored as it is; leave one of them out", "split")
         _measure(name, corpus, split, max_bytes, stride, device)
+
+
+def _refuse(context: typer.Context, reason: str, *options: str) -> None: # what was given and would change nothing
+    for option in options:
+        if getattr(context.get_parameter_source(option), "name", "") == "COMMANDLINE":
+            raise StlmError(f"--{option.replace('_', '-')} {reason}")
 
 
 def _measure(name: str, corpus: str | None, split: str, max_bytes: int, stride: int, device: str) -> None: # bits per byte
@@ -166,9 +179,11 @@ def _ask(name: str, names: str, limit: int, data_dir: Path | None, precision: An
     print("in percent; ± one standard error of acc; cut: questions longer than the model's context")
     given = {"--tasks": names, "--limit": limit, "--data-dir": data_dir, "--precision": precision if precision != "fp32" else ""}
     command = shlex.join(["stlm", "evaluate", name, *(word for option, value in given.items() if value for word in (option, str(value)))])
-    output = folder / "evaluations" / "benchmarks.json"
-    write_json(output, {"model": name, "command": command, "tasks": summaries, "environment": describe()})
-    print(f"wrote {output}, and every question beside it")
+    about = {"model": name, "command": command, "environment": describe()}
+    for figures in summaries:
+        output = (folder / "evaluations" / figures["file"]).with_suffix(".json")
+        write_json(output, figures | about)
+        print(f"wrote {output}, and every question beside it as .parquet")
 
 
 @app.command()

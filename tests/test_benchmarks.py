@@ -12,8 +12,10 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from typer.testing import CliRunner
 
 from helpers import stlm
+from stlm.cli import app
 from stlm.config import DataConfig, ModelConfig
 from stlm.data.tokenizers import Tokenizer, open_tokenizer
 from stlm.evaluate import benchmarks
@@ -296,14 +298,42 @@ def test_the_command(small: Path, subject: tuple, tmp_path: Path, monkeypatch: p
     lines = [line.split() for line in output.splitlines()]
     assert [line[0] for line in lines[1:6]] == list(SIZES) and [line[-2] for line in lines[1:6]] == ["9", "3", "3", "3", "9"]
     assert "winogrande: 100%" in errors
-    written = json.loads((tmp_path / "model" / "evaluations" / "benchmarks.json").read_text())
-    assert [task["task"] for task in written["tasks"]] == list(SIZES) and "--limit 3" in written["command"]
-    assert written["environment"]["torch"] == torch.__version__
-    tables = {task["task"]: pd.read_parquet(tmp_path / "model" / "evaluations" / task["file"]) for task in written["tasks"]}
-    assert all(tables[task["task"]]["acc_norm"].mean() == pytest.approx(task["acc_norm"]) for task in written["tasks"][1:4])
+    paths = [Path(line.split()[1].rstrip(",")) for line in output.splitlines() if line.startswith("wrote")]
+    written = {name: json.loads((tmp_path / path).read_text()) for name, path in zip(SIZES, paths, strict=True)}
+    for name, figures in written.items():
+        assert figures["task"] == name and "--limit 3" in figures["command"] and figures["environment"]["torch"] == torch.__version__
+    tables = {name: pd.read_parquet(tmp_path / path.with_suffix(".parquet")) for name, path in zip(SIZES, paths, strict=True)}
+    for name in ("hellaswag", "arc_easy", "winogrande"):
+        assert tables[name]["acc_norm"].mean() == pytest.approx(written[name]["acc_norm"])
     for arguments, said in ((("--tasks", "helaswag"), "did you mean 'hellaswag'"), (("--tasks", "piqa"), "--data-dir")):
         code, _, errors = stlm("evaluate", "model", *arguments, cwd=tmp_path)
         assert code == 2 and said in errors and len(errors.strip().splitlines()) == 1
+
+
+def test_a_call_leaves_the_results_of_others(small: Path, subject: tuple, tmp_path: Path) -> None:
+    save_pretrained(tmp_path / "model", *subject)
+    for options in (["arc_easy,winogrande"], ["winogrande", "--limit", "2"], ["winogrande"]):
+        app(["evaluate", str(tmp_path / "model"), "--data-dir", str(small), "--tasks", *options], standalone_mode=False)
+    found = [json.loads(path.read_text()) for path in sorted((tmp_path / "model" / "evaluations").glob("*.json"))]
+    assert sorted((each["task"], each["n_items"]) for each in found) == [("arc_easy", 12), ("winogrande", 2), ("winogrande", 12)]
+
+
+@pytest.mark.parametrize("given, said", [
+    (["--limit", "0"], "--limit is for benchmarks"), (["--data-dir", "."], "--data-dir is for benchmarks"),
+    (["--precision", "fp32"], "--precision is for benchmarks"), (["--tasks", "blimp", "--split", "test"], "--split is not for benchmarks"),
+    (["--tasks", "all", "--stride", "8"], "--stride is not for benchmarks"), (["--tasks", "all", "--max-bytes", "9"], "--max-bytes is"),
+    (["--tasks", "all", "--corpus", "pydocs"], "--corpus is not for benchmarks"),
+    (["--corpus", "pydocs", "--split", "test"], "--split divides the run's own text"),
+])
+def test_what_would_change_nothing_is_refused(given: list[str], said: str) -> None:
+    with pytest.raises(StlmError, match=said) as error:
+        app(["evaluate", "nowhere", *given], standalone_mode=False)
+    assert "\n" not in str(error.value)
+
+
+def test_the_help_lists_every_task() -> None:
+    text = " ".join(CliRunner().invoke(app, ["evaluate", "--help"], terminal_width=200).output.split())
+    assert f"There are {', '.join(TASKS)}." in text and f"all = {', '.join(FIVE)}." in text
 
 
 def test_other_peoples_models_stand_in_the_same_table(small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
