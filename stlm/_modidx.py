@@ -13,6 +13,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '', 'doc_host': '', 'git_url
                           'stlm.cli._run_study': ('cli.html#_run_study', 'stlm/cli.py'),
                           'stlm.cli._text': ('cli.html#_text', 'stlm/cli.py'),
                           'stlm.cli._watchers': ('cli.html#_watchers', 'stlm/cli.py'),
+                          'stlm.cli._write_result': ('cli.html#_write_result', 'stlm/cli.py'),
                           'stlm.cli.evaluate': ('cli.html#evaluate', 'stlm/cli.py'),
                           'stlm.cli.generate': ('cli.html#generate', 'stlm/cli.py'),
                           'stlm.cli.info': ('cli.html#info', 'stlm/cli.py'),

@@ -19,7 +19,7 @@ from typing import Annotated, Any, Optional
 import typer
 
 from .config import PRESETS, RunConfig, parse_overrides, preset
-from .foundation import StlmError, project_folder, write_json
+from .foundation import StlmError, project_folder, write_json, write_text
 
 # %% ../nbs/90_cli.ipynb #35d5b027
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None,
@@ -174,16 +174,23 @@ def _ask(name: str, names: str, limit: int, data_dir: Path | None, precision: An
     from stlm.hardware import describe
     tasks = find_tasks(names)
     model, tokenizer, folder = open_model(name, device)
-    summaries = [ask(model, tokenizer, task, data_dir, limit, folder / "evaluations", precision).summary() for task in tasks]
-    print(results_table(summaries).to_string(index=False))
-    print("in percent; ± one standard error of acc; cut: questions longer than the model's context")
+    results = [ask(model, tokenizer, task, data_dir, limit, folder / "evaluations", precision) for task in tasks]
+    print(results_table([result.summary() for result in results]).to_string(index=False))
+    print("in percent; ± one standard error of acc; truth_logprob: mean nats of the right answer; cut: longer than the model's context")
     given = {"--tasks": names, "--limit": limit, "--data-dir": data_dir, "--precision": precision if precision != "fp32" else ""}
     command = shlex.join(["stlm", "evaluate", name, *(word for option, value in given.items() if value for word in (option, str(value)))])
-    about = {"model": name, "command": command, "environment": describe()}
-    for figures in summaries:
-        output = (folder / "evaluations" / figures["file"]).with_suffix(".json")
-        write_json(output, figures | about)
-        print(f"wrote {output}, and every question beside it as .parquet")
+    for result in results:
+        _write_result(result, folder / "evaluations", {"model": name, "command": command, "environment": describe()})
+
+
+def _write_result(result: Any, folder: Path, about: dict[str, Any]) -> None: # beside the table of its questions
+    figures = result.summary()
+    path = folder / figures["file"]
+    write_json(path.with_suffix(".json"), figures | about)
+    print(f"wrote {path.with_suffix('.json')}, and every question beside it as .parquet")
+    if result.task.groups:
+        write_text(path.with_suffix(".csv"), result.by(result.task.groups[0]).to_csv())
+        print(f"wrote {path.with_suffix('.csv')}, the figures of every {result.task.groups[0]}")
 
 
 @app.command()

@@ -159,6 +159,9 @@ def test_figures_follow_from_scores(small: Path, subject: tuple, name: str) -> N
         assert row["truth_share"] == pytest.approx(torch.tensor(logprobs).softmax(0)[item.truth].item(), rel=1e-3, abs=1e-30)
     groups = result.table.groupby(TASKS[name].groups[0])["acc"].mean() if TASKS[name].groups else result.table["acc"]
     assert summary["acc"] == pytest.approx(groups.mean() if name == "blimp" else result.table["acc"].mean())
+    of_truth = [score(*subject, [item.pairs[item.truth]])[0].logprob for item in result.items]
+    assert summary["truth_logprob"] == pytest.approx(np.mean(of_truth), rel=1e-4)
+    assert benchmarks.results_table([summary])["truth_logprob"][0] == f"{summary['truth_logprob']:.2f}"
     assert summary["n_items"] == len(result.items) and 0 <= summary["acc_stderr"] < 0.2 and 0 < summary["chance"] <= 0.5
     json.dumps(summary, allow_nan=False)
 
@@ -298,11 +301,17 @@ def test_the_command(small: Path, subject: tuple, tmp_path: Path, monkeypatch: p
     lines = [line.split() for line in output.splitlines()]
     assert [line[0] for line in lines[1:6]] == list(SIZES) and [line[-2] for line in lines[1:6]] == ["9", "3", "3", "3", "9"]
     assert "winogrande: 100%" in errors
-    paths = [Path(line.split()[1].rstrip(",")) for line in output.splitlines() if line.startswith("wrote")]
+    paths = [Path(line.split()[1].rstrip(",")) for line in output.splitlines() if ".json" in line]
     written = {name: json.loads((tmp_path / path).read_text()) for name, path in zip(SIZES, paths, strict=True)}
     for name, figures in written.items():
         assert figures["task"] == name and "--limit 3" in figures["command"] and figures["environment"]["torch"] == torch.__version__
     tables = {name: pd.read_parquet(tmp_path / path.with_suffix(".parquet")) for name, path in zip(SIZES, paths, strict=True)}
+    assert max(map(len, output.splitlines()[:6])) <= 120
+    for name, path in (("blimp", paths[0]), ("mmlu", paths[4])):
+        group = TASKS[name].groups[0]
+        kinds = pd.read_csv(tmp_path / path.with_suffix(".csv"), index_col=group)
+        assert f"wrote {path.with_suffix('.csv')}, the figures of every {group}" in output and list(kinds["n_items"]) == [3, 3, 3]
+        np.testing.assert_allclose(kinds["acc"], tables[name].groupby(group, sort=False)["acc"].mean())
     for name in ("hellaswag", "arc_easy", "winogrande"):
         assert tables[name]["acc_norm"].mean() == pytest.approx(written[name]["acc_norm"])
     for arguments, said in ((("--tasks", "helaswag"), "did you mean 'hellaswag'"), (("--tasks", "piqa"), "--data-dir")):

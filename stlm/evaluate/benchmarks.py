@@ -430,6 +430,7 @@ class Result:
         for metric in ("acc", "acc_norm", "acc_bytes"):
             figures[metric], figures[f"{metric}_stderr"] = _mean(self.task, table, metric)
         figures["path_confidence"] = _mean(self.task, table, "truth_share")[0]
+        figures["truth_logprob"] = float(table["truth_logprob"].mean())
         figures["truth_log_share"] = _mean(self.task, table, "truth_log_share")[0]
         figures["truth_bits_per_byte"] = bits_of(-float(table["truth_logprob"].sum()), int(table["truth_bytes"].sum()))
         figures["perplexity"] = math.exp(-table["truth_logprob"].mean()) if "perplexity" in self.task.metrics else math.nan
@@ -566,8 +567,9 @@ def _percent(share: float | None) -> str:
 
 def results_table(summaries: Sequence[Mapping[str, Any]] # of `Result.summary`
                   ) -> pd.DataFrame:                     # one row a task, as text
-    "What the tasks are judged by, in percent, with the standard error of acc, and how many questions did not fit the model's context."
+    "What the tasks are judged by, in percent and nats, with the standard error of acc, and how many questions did not fit the context."
     return pd.DataFrame([{"task": each["task"], "acc": _percent(each["acc"]), "±": _percent(each["acc_stderr"]),
                           "acc_norm": _percent(each["acc_norm"] if "acc_norm" in each["metrics"] else None),
+                          "acc_bytes": _percent(each["acc_bytes"]), "truth_logprob": f"{each['truth_logprob']:.2f}",
                           "chance": _percent(each["chance"]), "n": f"{each['n_items']:,.0f}", "cut": f"{each['n_truncated']:,.0f}"}
                          for each in summaries])
