@@ -219,7 +219,7 @@ def lm_eval(context: typer.Context) -> None:
 
 
 @app.command()
-def parity(name: Annotated[str, typer.Argument(metavar="MODEL", help="A run's folder, or the folder of a saved model.")],
+def parity(name: Annotated[str, typer.Argument(metavar="MODEL", help="A run's folder, the folder of a saved model, or hf:NAME.")],
            data_dir: Annotated[Path, typer.Option(help="Folder with the benchmarks as files.")],
            tasks: Annotated[str, typer.Option(help="Some of blimp, hellaswag, arc_easy, winogrande, mmlu, mmlu_5shot, separated by commas; "
                                                    "all = the first five.")] = "all",

@@ -201,6 +201,16 @@ def test_questions_that_do_not_fit_are_counted(small: Path, subject: tuple) -> N
     assert result.summary()["n_truncated"] == sum(length > 100 for length in longest) > 0
 
 
+@pytest.mark.parametrize("name", ["winogrande", "blimp"])
+def test_figures_that_are_no_numbers_are_refused(small: Path, subject: tuple, tmp_path: Path, name: str) -> None:
+    broken = LanguageModel(subject[0].config)
+    with torch.no_grad():
+        next(broken.parameters()).fill_(math.nan)
+    with pytest.raises(StlmError, match=f"{name}: .*not finite") as error:
+        evaluate(broken, subject[1], TASKS[name], small, folder=tmp_path, show_progress=False)
+    assert "\n" not in str(error.value) and not list(tmp_path.rglob("*.parquet"))
+
+
 # cache
 
 def test_an_interrupted_evaluation_goes_on_where_it_was(small: Path, subject: tuple, tmp_path: Path,

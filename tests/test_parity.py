@@ -25,6 +25,7 @@ from stlm.pretrained import save_pretrained
 
 pytest.importorskip("lm_eval", reason="lm-eval is not installed; pip install 'stlm[harness]' brings it")
 
+from stlm.evaluate.benchmarks import open_model
 from stlm.evaluate.harness import HarnessModel, parity, second_model, write_tasks
 
 SHARED = Path(os.environ.get("STLM_SHARED_DATA", "nowhere")) / "benchmarks"
@@ -99,6 +100,19 @@ def test_benchmarks_are_scored_as_lm_eval_scores_them(pair: tuple[LanguageModel,
     normed = table.loc[["hellaswag", "arc_easy"]]
     assert normed["acc_norm"].tolist() == normed["acc_norm lm-eval"].tolist()
     assert (table["second"] == ("HFLM" if pair[1].name == "bpe:400" else "PlainModel")).all()
+
+
+@pytest.mark.parametrize("bos", [None, "<s>"])
+def test_other_peoples_models_are_compared_too(samples: Path, tmp_path: Path, bos: str | None) -> None:
+    pytest.importorskip("accelerate", reason="lm-eval's hf backend needs accelerate; pip install 'stlm[harness]' brings it")
+    from test_reference import save_tokenizer, tiny
+    theirs = tiny("Llama")
+    theirs.config.max_position_embeddings = 192
+    theirs.save_pretrained(tmp_path)
+    save_tokenizer(tmp_path, bos)
+    table = parity(*open_model(f"hf:{tmp_path}", "cpu")[:2], samples, ["blimp", "winogrande"])
+    assert table["questions"].tolist() == [10, 5] and (table["other strings"] == 0).all() and table["largest difference"].max() < 1e-4
+    assert table["acc"].tolist() == table["acc lm-eval"].tolist() and (table["second"] == "HFLM").all()
 
 
 UNUSUAL = [("", " word"), ("", "naïve café 🙂"), ("Question: why?\nAnswer: ", "because"), ("two  blanks  ", " x"), ("a\n\n", "\nb"),

@@ -30,6 +30,7 @@ from ..foundation import StlmError, did_you_mean, optional, progress
 from ..infer.generate import stream
 from ..infer.scoring import check_pair, score, token_logprobs, windows
 from ..model.lm import LanguageModel
+from .reference import ReferenceModel, ReferenceTokenizer
 
 LM: Any = optional("lm_eval.api.model", "harness").LM
 TemplateLM: Any = optional("lm_eval.api.model", "harness").TemplateLM
@@ -297,16 +298,19 @@ class PlainModel(TemplateLM):
         raise StlmError("PlainModel answers likelihoods only; let HarnessModel write")
 
 
-def second_model(model: LanguageModel,
+def second_model(model: LanguageModel,  # or a `ReferenceModel`
                  tokenizer: Tokenizer,  # the model's own
                  batch_size: int = 16   # of the `hf` backend
-                 ) -> Any:              # lm-eval's `HFLM` where the model is a Llama over learned byte pairs, else `PlainModel`
+                 ) -> Any:              # lm-eval's `HFLM` for a model of Hugging Face or a Llama over learned byte pairs, else `PlainModel`
     "The same model, computed another way, for lm-eval."
-    if not_in_llama(model.config) or not isinstance(tokenizer, BpeTokenizer):
+    if isinstance(model, ReferenceModel) and isinstance(tokenizer, ReferenceTokenizer):
+        theirs = model.inner, tokenizer.inner
+    elif not_in_llama(model.config) or not isinstance(tokenizer, BpeTokenizer):
         return PlainModel(model, tokenizer)
+    else:
+        theirs = as_llama(model), as_fast_tokenizer(tokenizer)
     backend = optional("lm_eval.models.huggingface", "harness").HFLM
-    return backend(as_llama(model), "causal", tokenizer=as_fast_tokenizer(tokenizer), max_length=model.config.context,
-                   batch_size=batch_size)
+    return backend(theirs[0], "causal", tokenizer=theirs[1], max_length=model.config.context, batch_size=batch_size)
 
 # %% ../../nbs/64_evaluate.harness.ipynb #4046c313
 def _asked(lm: Any, name: str, shots: int, folder: str, limit: int | None) -> tuple[pd.DataFrame, dict[str, float]]:
@@ -337,7 +341,7 @@ def _compared(result: Result, theirs: pd.DataFrame, accuracies: dict[str, float]
             "ties": sum(len(set(row)) < len(row) for row in ours["nats"])} | shown
 
 
-def parity(model: LanguageModel,
+def parity(model: LanguageModel,                      # or a `ReferenceModel`
            tokenizer: Tokenizer,                      # the model's own
            data_dir: str | Path,                      # files as in `LOCAL_TASKS`
            tasks: Sequence[str] = tuple(LOCAL_TASKS), # of `evaluate.benchmarks`: these, or mmlu_5shot
