@@ -41,11 +41,6 @@ def _watchers(names: str) -> Any: # what they need is imported for those who ask
     from stlm.lab.watch import watchers
     return watchers(names)
 
-
-def _load(folder: Path, device: str = "auto") -> Any:
-    from stlm.pretrained import from_pretrained
-    return from_pretrained(folder / "model" if (folder / "model").is_dir() else folder, device)
-
 # %% ../nbs/90_cli.ipynb #3b729fbd
 @app.command()
 def prepare(name: PresetOption = "demo-bpe", settings: SetOption = None) -> None:
@@ -164,8 +159,9 @@ def _held_out(name: str, split: str, max_bytes: int) -> tuple[Iterable[str], dic
     from stlm.train.records import Run
     if not (Path(name) / "config.yaml").exists():
         raise StlmError(f"{name} is no run's folder, so no text is held out for it; name a text with --corpus, such as file:PATH or pydocs")
-    dataset = prepare_data(Run(Path(name)).config.data)
-    source = {"corpus": dataset.manifest["corpus"]["name"], "data": dataset.fingerprint, "split": split}
+    data = Run(Path(name)).config.data
+    dataset = prepare_data(data)
+    source = {"corpus": data.corpus, "data": dataset.fingerprint, "split": split}
     return first_documents(dataset, split, max_bytes or sys.maxsize), source, split
 
 
@@ -203,8 +199,11 @@ def generate(folder: ModelArgument,
              seed: Annotated[int, typer.Option(help="The same seed gives the same text.")] = 0,
              device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:N or mps.")] = "auto") -> None:
     "Let a model continue a text."
+    from stlm.evaluate.benchmarks import open_model
     from stlm.infer.generate import stream
-    model, tokenizer = _load(folder, device)
+    if str(folder).startswith("hf:"):
+        raise StlmError(f"MODEL={folder} is only scored here and cannot write; allowed: a run's folder, or the folder of a saved model")
+    model, tokenizer, _ = open_model(folder, device)
     print(prompt, end="", flush=True)
     for piece in stream(model, tokenizer, prompt, max_tokens=max_tokens, temperature=temperature, top_k=top_k, top_p=top_p, seed=seed):
         print(piece, end="", flush=True)

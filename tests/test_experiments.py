@@ -369,6 +369,7 @@ def test_a_text_is_scored_as_it_is(tmp_path, capsys):
     (["prepare", "--set", "data.corpus=file:nothing.txt"], "nothing.txt"),
     (["prepare", "--set", "data.corpus=openwebtext"], "file:"),
     (["generate", "nowhere"], "nowhere"),
+    (["generate", "hf:gpt2"], "only scored here"),
     (["study", "nothing"], "there is no experiment 'nothing'"),
 ])
 def test_mistakes_are_one_line(project, arguments, said):

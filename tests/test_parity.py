@@ -10,23 +10,26 @@ import subprocess
 import sys
 import warnings
 from collections import Counter
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 
 from stlm.cli import app
 from stlm.config import ModelConfig, PatchConfig
 from stlm.data.tokenizers import ByteTokenizer, MarkedTokenizer, Tokenizer, train_bpe
+from stlm.foundation import StlmError
 from stlm.model.lm import LanguageModel
 from stlm.pretrained import save_pretrained
 
 pytest.importorskip("lm_eval", reason="lm-eval is not installed; pip install 'stlm[harness]' brings it")
 
 from stlm.evaluate.benchmarks import open_model
-from stlm.evaluate.harness import HarnessModel, parity, second_model, write_tasks
+from stlm.evaluate.harness import LOCAL_TASKS, HarnessModel, parity, second_model, write_tasks
 
 SHARED = Path(os.environ.get("STLM_SHARED_DATA", "nowhere")) / "benchmarks"
 SAMPLES = {"blimp": ("UID", {"adjunct_island", "npi_present_1"}), "mmlu_test": ("subject", {"anatomy", "college_mathematics"}),
@@ -110,9 +113,46 @@ def test_other_peoples_models_are_compared_too(samples: Path, tmp_path: Path, bo
     theirs.config.max_position_embeddings = 192
     theirs.save_pretrained(tmp_path)
     save_tokenizer(tmp_path, bos)
-    table = parity(*open_model(f"hf:{tmp_path}", "cpu")[:2], samples, ["blimp", "winogrande"])
+    pair = open_model(f"hf:{tmp_path}", "cpu")[:2]
+    with pytest.raises(StlmError, match="--model hf"):
+        HarnessModel(pair).generate_until([SimpleNamespace(args=("The", {"until": [], "max_gen_toks": 3}))], disable_tqdm=True)
+    table = parity(*pair, samples, ["blimp", "winogrande"])
     assert table["questions"].tolist() == [10, 5] and (table["other strings"] == 0).all() and table["largest difference"].max() < 1e-4
     assert table["acc"].tolist() == table["acc lm-eval"].tolist() and (table["second"] == "HFLM").all()
+
+
+def in_jsonl(path: Path) -> list[dict]:
+    "Rows without the fields that are empty."
+    rows = map(json.loads, path.read_text("utf-8").splitlines())
+    return [{field: cell for field, cell in row.items() if cell is not None} for row in rows]
+
+
+def converted(samples: Path, folder: Path, kind: str) -> Path:
+    "The same items in files of another kind; in CSV whatever is no text is JSON."
+    folder.mkdir()
+    for path in samples.glob("*.jsonl"):
+        rows = pd.DataFrame(in_jsonl(path))
+        write = {".csv.gz": lambda file, rows=rows: rows.map(lambda cell: cell if isinstance(cell, str) else json.dumps(cell)).to_csv(file),
+                 ".parquet": rows.to_parquet, ".jsonl.zst": partial(rows.to_json, orient="records", lines=True)}[kind]
+        write(folder / f"{path.stem}{kind}")
+    return folder
+
+
+def test_files_of_every_kind_are_handed_to_lm_eval(samples: Path, tmp_path: Path) -> None:
+    kinds = {".jsonl": samples} | {kind: converted(samples, tmp_path / kind, kind) for kind in (".parquet", ".jsonl.zst")}
+    written = []
+    for kind, folder in kinds.items():
+        assert write_tasks(folder, tmp_path / f"tasks{kind}") == list(LOCAL_TASKS)
+        written.append({path.name: in_jsonl(path) for path in (tmp_path / f"tasks{kind}").glob("*.jsonl")})
+    assert written[0] == written[1] == written[2] and sum(map(len, written[0].values())) == 10 + 5 + 2 * 5 + 5 + 2 * 10
+
+
+def test_lists_and_numbers_in_csv_are_read_as_such(samples: Path, tmp_path: Path) -> None:
+    model = LanguageModel(ModelConfig(vocab_size=257, **SIZES | {"context": 1024, "n_layers": 1}))
+    folder = converted(samples, tmp_path / "csv", ".csv.gz")
+    table = parity(model, tokenizer_of("bytes"), folder, ["hellaswag", "arc_easy", "mmlu"], limit=2)
+    assert table["questions"].tolist() == [2, 2, 4] and (table["other strings"] == 0).all() and table["largest difference"].max() < 1e-4
+    assert table["acc"].tolist() == table["acc lm-eval"].tolist()
 
 
 UNUSUAL = [("", " word"), ("", "naïve café 🙂"), ("Question: why?\nAnswer: ", "because"), ("two  blanks  ", " x"), ("a\n\n", "\nb"),

@@ -8,7 +8,6 @@ __all__ = ['LM', 'TemplateLM', 'LOCAL_TASKS', 'HarnessModel', 'register', 'run_c
 
 # %% ../../nbs/64_evaluate.harness.ipynb #800e08b6
 import json
-import lzma
 import sys
 import warnings
 from collections import defaultdict
@@ -25,7 +24,7 @@ import yaml
 
 from ..config import ModelConfig
 from ..data.tokenizers import BpeTokenizer, Tokenizer
-from .benchmarks import TASKS, Result, evaluate, open_model
+from .benchmarks import TASKS, Result, Row, evaluate, find_file, local_rows, open_model, unpacked
 from ..foundation import StlmError, did_you_mean, optional, progress
 from ..infer.generate import stream
 from ..infer.scoring import check_pair, score, token_logprobs, windows
@@ -94,6 +93,8 @@ class HarnessModel(LM):
                        disable_tqdm: bool = False
                        ) -> list[str]:                # what was written, without the stop string
         "Text from prompts. Every request has a seed of its own, so a prompt that is asked twice is answered twice."
+        if isinstance(self.model, ReferenceModel):
+            raise StlmError("models of Hugging Face are only scored here; lm-eval's own backend writes: --model hf, pretrained=NAME")
         numbered = enumerate(progress(requests, "writing", disable=disable_tqdm))
         return [self._write(seed, *request.args) for seed, request in numbered]
 
@@ -146,14 +147,18 @@ class LocalTasks:
     column: str = ""        # tells to which of the tasks an item belongs; "" = there is only one
     group: str = ""         # lm-eval's description of them together
     missing: dict[str, None] = field(default_factory=dict) # splits that lm-eval names and the files lack
+    values: tuple[str, ...] = () # columns that hold no text: lists, numbers
 
 
 LOCAL_TASKS = {
     "blimp": LocalTasks({"train": "blimp"}, "blimp/[!_]*.yaml", "UID", "blimp/_blimp.yaml"),
-    "hellaswag": LocalTasks({"validation": "hellaswag_val"}, "hellaswag/hellaswag.yaml", missing={"training_split": None}),
-    "arc_easy": LocalTasks({"train": "arc_easy_train", "test": "arc_easy_test"}, "arc/arc_easy.yaml", missing={"validation_split": None}),
+    "hellaswag": LocalTasks({"validation": "hellaswag_val"}, "hellaswag/hellaswag.yaml", missing={"training_split": None},
+                             values=("endings",)),
+    "arc_easy": LocalTasks({"train": "arc_easy_train", "test": "arc_easy_test"}, "arc/arc_easy.yaml", missing={"validation_split": None},
+                            values=("choices",)),
     "winogrande": LocalTasks({"validation": "winogrande_dev"}, "winogrande/default.yaml", missing={"training_split": None}),
-    "mmlu": LocalTasks({"dev": "mmlu_dev", "test": "mmlu_test"}, "mmlu/default/mmlu_*.yaml", "subject", "mmlu/default/_mmlu.yaml"),
+    "mmlu": LocalTasks({"dev": "mmlu_dev", "test": "mmlu_test"}, "mmlu/default/mmlu_*.yaml", "subject", "mmlu/default/_mmlu.yaml",
+                       values=("choices", "answer")),
 }
 
 # %% ../../nbs/64_evaluate.harness.ipynb #8b3e6ec4
@@ -163,42 +168,36 @@ def write_tasks(data_dir: str | Path, # holds the files
     "Describe to lm-eval the benchmarks whose files are at hand. Raises `StlmError` where there is none."
     folder = Path(folder).absolute()
     folder.mkdir(parents=True, exist_ok=True)
-    found = [name for name, local in LOCAL_TASKS.items() if all(_find(data_dir, file) for file in local.files.values())]
+    found = [name for name, local in LOCAL_TASKS.items() if all(find_file(data_dir, file) for file in local.files.values())]
     if not found:
-        raise StlmError(f"{data_dir} holds none of the benchmarks; allowed: a folder with files such as blimp.jsonl or blimp.jsonl.xz")
+        raise StlmError(f"{data_dir} holds none of the benchmarks; allowed: a folder with files such as blimp.jsonl or blimp.csv.xz")
     for name in found:
-        _write_benchmark(LOCAL_TASKS[name], Path(data_dir).absolute(), folder)
+        _write_benchmark(LOCAL_TASKS[name], data_dir, folder)
     return found
 
 
-def _find(data_dir: str | Path, name: str) -> Path | None:
-    return next((path for ending in (".jsonl", ".jsonl.xz") if (path := Path(data_dir) / f"{name}{ending}").exists()), None)
-
-
-def _write_benchmark(local: LocalTasks, data_dir: Path, folder: Path) -> None:
+def _write_benchmark(local: LocalTasks, data_dir: str | Path, folder: Path) -> None:
     root = Path(optional("lm_eval.tasks", "harness").__file__).parent
-    paths = {split: str(_find(data_dir, name)) for split, name in local.files.items()}
-    cut = {split: _cut(path, local.column) for split, path in paths.items()} if local.column else {}
+    parts = {split: _parts(local, local_rows(data_dir, name)) for split, name in local.files.items()}
     tasks = []
     for path in sorted(root.glob(local.yamls)):
-        if local.column:
-            about = yaml.safe_load(path.read_text("utf-8"))
-            if not all(about["dataset_name"] in parts for parts in cut.values()):
-                continue
-            tasks.append(about["task"])
-            paths = {split: _write_part(folder / f"{about['task']}_{split}.jsonl", parts[about["dataset_name"]])
-                     for split, parts in cut.items()}
+        about = yaml.safe_load(path.read_text("utf-8")) if local.column else {"task": path.stem, "dataset_name": ""}
+        name = about["dataset_name"]
+        if not all(name in kinds for kinds in parts.values()):
+            continue
+        tasks.append(about["task"])
+        paths = {split: _write_part(folder / f"{about['task']}_{split}.jsonl", kinds[name]) for split, kinds in parts.items()}
         where = {"dataset_path": "json", "dataset_name": None, "dataset_kwargs": {"data_files": paths, "cache_dir": str(folder / "cache")}}
         _write_yaml(folder / path.name, {"include": str(path)} | where | local.missing)
     if local.group:
         _write_yaml(folder / Path(local.group).name, {"include": str(root / local.group), "task": tasks})
 
 
-def _cut(path: str, column: str) -> dict[str, list[str]]: # lines by what the column says
+def _parts(local: LocalTasks, rows: list[Row]) -> dict[str, list[str]]: # rows as JSON, by what the column says
     parts = defaultdict(list)
-    with lzma.open(path, "rt", encoding="utf-8") if path.endswith(".xz") else open(path, encoding="utf-8") as file:
-        for line in file:
-            parts[json.loads(line)[column]].append(line)
+    for row in rows:
+        fields = {name: unpacked(value) if name in local.values else value for name, value in row.fields.items()}
+        parts[row.text(local.column) if local.column else ""].append(json.dumps(fields) + "\n")
     return parts
 
 

@@ -7,7 +7,7 @@ __all__ = ['Figure', 'PROBES', 'features', 'ProbeTask', 'load_probe', 'Probe', '
 
 # %% ../../nbs/63_evaluate.probes.ipynb #e3532b6c
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -17,7 +17,8 @@ import pandas as pd
 import torch
 
 from ..data.tokenizers import Tokenizer
-from ..foundation import StlmError, did_you_mean, optional
+from .benchmarks import Source, read_rows
+from ..foundation import StlmError, optional
 from ..infer.scoring import batch_limit, check_pair, evaluating
 from ..model.lm import LanguageModel
 
@@ -73,47 +74,19 @@ PROBES = {task.name: task for task in (
 )}
 
 # %% ../../nbs/63_evaluate.probes.ipynb #71762168
-def _read_tsv(file: Path) -> pd.DataFrame:
-    return pd.read_csv(file, sep="\t", quoting=3, keep_default_na=False)  # a quotation mark is text, and so is the word "null"
-
-
-_READERS: Mapping[str, Any] = {".jsonl": lambda file: pd.read_json(file, lines=True), ".tsv": _read_tsv, ".parquet": pd.read_parquet,
-                               ".csv": lambda file: pd.read_csv(file, keep_default_na=False)}
-
-
-def _local(folder: Path, stem: str) -> pd.DataFrame:
-    names = {f"{stem}{kind}{packing}": kind for kind in _READERS for packing in ("", ".gz", ".xz", ".zst")}
-    name = next((name for name in names if (folder / name).is_file()), None)
-    if name is None:
-        raise StlmError(f"{folder} has no {stem}.jsonl; allowed: {', '.join(_READERS)}, packed or not")
-    try:
-        return _READERS[names[name]](folder / name)
-    except Exception as error:  # each reader has errors of its own
-        raise StlmError(f"cannot read {folder / name}: {' '.join(str(error).split())[:120]}; is it what its name says?") from error
-
-
-def _from_hub(task: ProbeTask, split: str) -> pd.DataFrame:
-    import datasets
-    try:
-        return datasets.load_dataset(*task.hub, split=split).to_pandas()
-    except Exception as error:  # every kind of network trouble has an error of its own
-        reason = " ".join(str(error).split())[:120]
-        raise StlmError(f"cannot load {task.name} from {task.hub[0]} ({reason}); connect to the network, or give a folder with "
-                        f"{task.name}_{split}.jsonl in it") from error
+def _label(value: Any) -> Any: # in CSV and TSV a number is text, too
+    return int(value) if isinstance(value, str) and value.isascii() and value.isdigit() else value
 
 
 def load_probe(task: ProbeTask,                    # such as `PROBES["cola"]`
                data_dir: str | Path | None = None  # folder with local files; None = from the hub
                ) -> tuple[pd.DataFrame, pd.DataFrame]: # the examples of train and of validation: text, label
-    "Texts and answers of a task. Raises `StlmError` for files that are missing or lack a column."
+    "Texts and answers of a task. Raises `StlmError` for files that are missing, empty or lack a column."
     loaded = []
     for split in ("train", "validation"):
-        table = _local(Path(data_dir).expanduser(), f"{task.name}_{split}") if data_dir else _from_hub(task, split)
-        for column in (*task.columns, "label"):
-            if column not in table:
-                raise StlmError(f"{task.name}, {split}: there is no column {column!r}; {did_you_mean(column, map(str, table))}")
-        text = table[list(task.columns)].astype(str).agg("\n".join, axis=1)
-        loaded.append(pd.DataFrame({"text": text, "label": table["label"]}))
+        rows = read_rows(Source(task.hub[0], task.hub[1] or None, split, f"{task.name}_{split}"), data_dir)
+        texts = ["\n".join(row.text(column) for column in task.columns) for row in rows]
+        loaded.append(pd.DataFrame({"text": texts, "label": [_label(row.cell("label")) for row in rows]}))
     return loaded[0], loaded[1]
 
 # %% ../../nbs/63_evaluate.probes.ipynb #b3fe31f7
