@@ -3,6 +3,8 @@
 import json
 import math
 import shutil
+import subprocess
+import sys
 
 import numpy as np
 import pandas as pd
@@ -338,6 +340,12 @@ def test_the_commands(project, overrides):
     assert stlm("generate", "mine", "The licence", "--max-tokens", 20, cwd=project)[1] == first, "the same seed, the same text"
     code, output, errors = stlm("runs", ".", cwd=project)
     assert code == 0 and "mine" in output and "finished" in output, errors
+
+
+def test_the_command_starts_without_what_it_may_not_need():
+    slow = {"torch", "numpy", "pandas", "datasets", "transformers", "lm_eval"}
+    code = f"import sys, stlm, stlm.cli; print(sorted({slow} & sys.modules.keys()))"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "[]"
 
 
 def test_a_text_is_scored_as_it_is(tmp_path, capsys):

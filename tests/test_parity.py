@@ -70,7 +70,8 @@ def tokenizer_of(name: str) -> Tokenizer:
     return train_bpe(name, [TEXT]) if name.startswith("bpe") else ByteTokenizer()
 
 
-CASES = [("bpe:400", False), ("bpe:400", True), ("bytes", True), ("bytes pooled", False), ("bytes pooled", True), ("bytes+bpe:400", True)]
+CASES = [("bpe:400", False), ("bpe:400", True), ("bytes", False), ("bytes", True), ("bytes pooled", False), ("bytes pooled", True),
+         ("bytes+bpe:400", True)]
 
 
 @pytest.fixture(scope="module", params=CASES, ids=lambda case: f"{case[0]}, {'trained' if case[1] else 'untrained'}")
