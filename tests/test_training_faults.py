@@ -14,8 +14,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from helpers import (FORKS, command, error_in_fork, own_project, real_text, settings, small_run, start_forks, stlm, tiny_run,
-                     train_in_fork)
+from helpers import (FORKS, command, error_in_fork, errors_in_forks, own_project, real_text, settings, small_run, start_forks, stlm,
+                     tiny_run, train_in_fork)
 from stlm.config import preset
 from stlm.data.shards import prepare
 from stlm.evaluate.bits import bits_per_byte
@@ -257,11 +257,37 @@ def test_damaged_checkpoint_gives_way_to_the_one_before(project, overrides, unin
     wait_for_lines(process, folder / "log.jsonl", 4)
     process.send_signal(signal.SIGKILL)
     process.communicate()
-    newest = checkpoints(folder / "checkpoint")[-1]
-    (newest / "model.safetensors").write_bytes((newest / "model.safetensors").read_bytes()[:-7])
-    with pytest.warns(UserWarning, match=newest.name):
+    newest = damage_newest(Run(folder))
+    with pytest.warns(UserWarning, match=newest):
         train(config, folder, show_progress=False)
-    assert Run(folder).status == "finished"
+    assert_same(Run(folder), uninterrupted)
+
+
+def damage_newest(run: Run) -> str:
+    "Shorten the newest checkpoint of a run; its name."
+    newest = checkpoints(run.checkpoint_folder)[-1]
+    (newest / "model.safetensors").write_bytes((newest / "model.safetensors").read_bytes()[:-7])
+    return newest.name
+
+
+def train_to(overrides, folder, step):
+    train_in_fork(overrides, folder, watchers=[StopAt(step)])
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_a_damaged_checkpoint_does_not_take_the_place_of_later_ones(overrides, tmp_path, processes):
+    """A run that fell back and is stopped before it comes to the damaged step again goes on where it was stopped."""
+    run = Run(tmp_path / "run")
+    overrides = tiny_run(overrides["data.corpus"]) | {"train.steps": 60, "train.checkpoint_every": 10, "train.keep": 1}
+    for step, there in ((40, [30, 40]), (35, [30, 35]), (38, [30, 38])):  # the first validation is the best there is until the end
+        errors = errors_in_forks(processes, train_to, overrides, run.folder, step)
+        assert all(f"at step {step} of 60" in error for error in errors), errors
+        assert [path.name for path in checkpoints(run.checkpoint_folder)] == [f"step-{number:09d}" for number in there]
+        if step == 40:
+            damage_newest(run)
+    for folder in (run.folder, tmp_path / "whole"):
+        assert errors_in_forks(processes, train_in_fork, overrides, folder) == [""] * processes
+    assert_same(run, Run(tmp_path / "whole"))
 
 
 def train_with_segmenter(overrides, folder):

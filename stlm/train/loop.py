@@ -37,7 +37,7 @@ from ..model.accounting import Account, account
 from ..model.lm import LanguageModel
 from ..model.patches import EntropyPatcher, segmenter_config
 from ..pretrained import from_pretrained, save_pretrained
-from .checkpoints import CheckpointWriter, load_checkpoint
+from .checkpoints import CheckpointWriter, load_checkpoint, remove_later
 from .distributed import Objective, World, averaged, connected, share_of, travelling
 from .optimizers import Average, best_of, make_optimizer, set_learning_rate, set_weight_decay
 from .records import Run, append_log, begin, cut_log, locked, read_log, require_same
@@ -329,6 +329,7 @@ class Trainer:
             self.validation = state if "valid_bpb" in state else {}
         self.world.agree("checkpoints", self.progress.step)
         if self.world.is_first:
+            remove_later(self.run.checkpoint_folder, self.progress.step)
             for log in self.run.folder.glob("*.jsonl"):  # the run's own and what watchers noted
                 cut_log(log, self.progress.step)
             lines = read_log(self.run.folder / "log.jsonl")
