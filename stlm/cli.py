@@ -11,6 +11,7 @@ import os
 import re
 import shlex
 import shutil
+import signal
 import sys
 from collections.abc import Iterable
 from pathlib import Path
@@ -315,14 +316,15 @@ def report(name: NotebookArgument, settings: SetOption = None, parameters: Param
 
 # %% ../nbs/90_cli.ipynb #ca024a6e
 def main() -> None:
-    "The `stlm` command. Ends with status 2 for a mistake and 130 for a run that was stopped and can be resumed."
+    "The `stlm` command. Ends with status 2 for a mistake, 3 for another's end, and 130 for a run that was stopped and can be resumed."
     try:
         app()
     except StlmError as error:
-        stopped = type(error).__name__ == "Stopped"
-        if _is_first() or not stopped:  # all processes stop together, and one says so
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # whoever ends all processes after one that failed must learn the status of each
+        code = {"Stopped": 130, "PeerLost": 3}.get(type(error).__name__, 2)
+        if _is_first() or code != 130:  # all processes stop together, and one says so
             print(f"stlm: {error}", file=sys.stderr)
-        sys.exit(130 if stopped else 2)
+        sys.exit(code)
     except KeyboardInterrupt:
         print("stlm: interrupted", file=sys.stderr)
         sys.exit(130)

@@ -12,10 +12,11 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from helpers import command, errors_in_forks, real_text, settings, start_forks, tiny_run, train_in_fork
+from helpers import command, errors_in_forks, real_text, settings, start_forks, stlm, tiny_run, train_in_fork
 from stlm.config import preset
 from stlm.foundation import StlmError, file_sha256
 from stlm.train import loop
+from stlm.train.checkpoints import checkpoints
 from stlm.train.loop import Watcher, train_in_processes
 from stlm.train.records import Run, locked, read_log
 from test_training_faults import POOLED, SHARED
@@ -122,19 +123,42 @@ def test_what_cannot_be_shared_is_refused(overrides, tmp_path):
     assert errors[0].endswith("is being trained by another process") and errors[1].startswith("another process of this run ended early")
 
 
+def second_of(launcher) -> psutil.Process:
+    "The second of the processes that a launcher has started."
+    workers = psutil.Process(launcher.pid).children(recursive=True)
+    return next(process for process in workers if process.environ().get("RANK") == "1")
+
+
 def test_one_process_dies_and_the_run_goes_on(overrides, alone, tmp_path):
     longer = overrides | {"train.steps": 200, "model.dropout": 0.2}
     launcher = command("train", *settings(longer), "--folder", tmp_path / "run", "--processes", 2, "--restarts", 1, cwd=tmp_path)
     while launcher.poll() is None and len(read_log(tmp_path / "run" / "log.jsonl")) < 3:
         time.sleep(0.01)
-    workers = psutil.Process(launcher.pid).children(recursive=True)
-    next(process for process in workers if process.environ().get("RANK") == "1").kill()
+    second_of(launcher).kill()
     output, errors = launcher.communicate(timeout=120)
     assert launcher.returncode == 0, errors
     assert output.count("bits per byte") == 1 and "another process of this run ended early" in errors
     assert errors_in_forks(2, train_in_fork, longer, tmp_path / "whole") == ["", ""]
     weights = [Run(tmp_path / name).model_folder / "model.safetensors" for name in ("run", "whole")]
     assert file_sha256(weights[0]) == file_sha256(weights[1])
+
+
+def test_a_request_to_stop_is_not_undone_by_restarts(overrides, tmp_path):
+    run, longer = Run(tmp_path / "run"), overrides | {"train.steps": 2000}
+    launcher = command("train", *settings(longer), "--folder", run.folder, "--processes", 2, "--restarts", 1, cwd=tmp_path)
+    while launcher.poll() is None and len(read_log(run.folder / "log.jsonl")) < 3:
+        time.sleep(0.01)
+    second_of(launcher).terminate()
+    _, errors = launcher.communicate(timeout=120)
+    assert launcher.returncode == 130 and errors.count("stlm: stopped by another process at step ") == 1, errors
+    assert run.status == "stopped" and checkpoints(run.checkpoint_folder)
+
+
+def test_an_error_that_would_come_again_is_not_retried(overrides, tmp_path):
+    taken = tmp_path / "taken"
+    with locked(Run(taken)):
+        code, _, errors = stlm("train", *settings(overrides), "--folder", taken, "--processes", 2, "--restarts", 2, cwd=tmp_path)
+    assert code == 2 and errors.count("is being trained by another process") == 1, errors
 
 
 def test_two_hosts(overrides, alone, tmp_path):

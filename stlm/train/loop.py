@@ -541,6 +541,7 @@ class Trainer:
             self.requests.discard("checkpoint")
             self.save()
         if stops:
+            self.world.sums(0)  # nobody leaves before all is saved: soon after the first has left, the rest may be killed
             raise Stopped(f"stopped by {stop or 'another process'} at step {self.progress.step} of {self.plan.steps}; "
                           f"saved in {self.run.folder}; the same command resumes it")
 
