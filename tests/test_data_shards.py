@@ -26,7 +26,7 @@ from stlm.data.batches import LARGEST_SORT, Batches, computed_order, random_orde
 from stlm.data.corpora import SPLITS, open_corpus, split_documents
 from stlm.data.shards import TokenSplit, find_damage, prepare, write_splits
 from stlm.data.tokenizers import ByteTokenizer, open_tokenizer
-from stlm.foundation import StlmError
+from stlm.foundation import StlmError, file_sha256
 
 PREPARE = """import sys
 from stlm.config import DataConfig
@@ -309,7 +309,8 @@ def truncate(path):
 @pytest.mark.parametrize("spoil", [flip_a_bit, truncate, Path.unlink], ids=["flipped bit", "truncated", "missing"])
 def test_damage_is_named_and_repaired(cache, corpus, name, spoil):
     config = DataConfig(**settings_for(corpus, "bytes"), max_bytes=500_000)
-    folder = prepare(config, show_progress=False).folder
+    for _ in range(2):  # made, and found whole
+        folder = prepare(config, show_progress=False).folder
     expected = content(folder)
     spoil(folder / name)
     with pytest.warns(UserWarning, match=name):
@@ -324,6 +325,34 @@ def test_intact_data_is_used_again_in_silence(cache, corpus, recwarn):
     second = prepare(config, show_progress=False)
     assert second.folder == first.folder and (second.folder / "manifest.json").stat().st_mtime_ns == changed
     assert not [warning for warning in recwarn if "prepared again" in str(warning.message)]
+
+
+def test_what_was_whole_is_read_again_only_where_it_changed(cache, corpus, monkeypatch):
+    read = []
+    monkeypatch.setattr(shards, "file_sha256", lambda path: read.append(path.name) or file_sha256(path))
+    config = DataConfig(**settings_for(corpus, "bytes"), max_bytes=500_000)
+    dataset = prepare(config, show_progress=False)
+    files = [Path(name).name for name in dataset.manifest["files"]]
+    memory = dataset.folder.with_name(f"{dataset.folder.name}.verified.json")
+
+    def read_by_prepare():
+        read.clear()
+        prepare(config, show_progress=False)
+        return read
+
+    assert read_by_prepare() == files and read_by_prepare() == []
+    os.utime(dataset.folder / "train-00000.bin")
+    assert read_by_prepare() == ["train-00000.bin"] and read_by_prepare() == []
+    truncate(memory)
+    assert read_by_prepare() == files and read_by_prepare() == []
+    flip_a_bit(dataset.folder / "validation-00000.bin")
+    with pytest.warns(UserWarning, match=r"validation-00000.bin does not match its SHA-256"):
+        read_by_prepare()
+    assert read_by_prepare() == files and not find_damage(dataset.folder, show_progress=False), "what is made anew is looked at once"
+    memory.unlink()
+    memory.with_name(f".{memory.name}.1.tmp").write_text("of a process that died while it wrote")
+    prepare(config, show_progress=False)
+    assert litter(cache) == []
 
 
 def test_an_unwritable_cache_is_one_line(tmp_path, monkeypatch, corpus):
