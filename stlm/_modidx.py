@@ -1342,6 +1342,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '', 'doc_host': '', 'git_url
                                                                                     'stlm/train/checkpoints.py')},
             'stlm.train.distributed': { 'stlm.train.distributed.PeerLost': ('train.distributed.html#peerlost', 'stlm/train/distributed.py'),
                                         'stlm.train.distributed.World': ('train.distributed.html#world', 'stlm/train/distributed.py'),
+                                        'stlm.train.distributed.World._wait': ( 'train.distributed.html#world._wait',
+                                                                                'stlm/train/distributed.py'),
                                         'stlm.train.distributed.World.add': ( 'train.distributed.html#world.add',
                                                                               'stlm/train/distributed.py'),
                                         'stlm.train.distributed.World.agree': ( 'train.distributed.html#world.agree',

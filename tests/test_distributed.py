@@ -6,6 +6,7 @@ import socket
 import subprocess
 import sys
 import time
+from datetime import timedelta
 
 import psutil
 import pytest
@@ -15,7 +16,7 @@ from safetensors.torch import load_file
 from helpers import command, errors_in_forks, real_text, settings, start_forks, stlm, tiny_run, train_in_fork
 from stlm.config import preset
 from stlm.foundation import StlmError, file_sha256
-from stlm.train import loop
+from stlm.train import distributed, loop
 from stlm.train.checkpoints import checkpoints
 from stlm.train.loop import Watcher, train_in_processes
 from stlm.train.records import Run, locked, read_log
@@ -161,16 +162,67 @@ def test_an_error_that_would_come_again_is_not_retried(overrides, tmp_path):
     assert code == 2 and errors.count("is being trained by another process") == 1, errors
 
 
-def test_two_hosts(overrides, alone, tmp_path):
+def prepare_slowly_and_train(overrides, folder, silence, preparation):
+    distributed.SILENCE, prepare = timedelta(seconds=silence), loop.prepare
+    loop.prepare = lambda *a, **b: time.sleep(0 if int(os.environ["RANK"]) else preparation) or prepare(*a, **b)
+    train_in_fork(overrides, folder)
+
+
+def test_a_process_that_falls_silent_is_missed_and_one_that_prepares_is_not(overrides, tmp_path):
+    log = tmp_path / "run" / "log.jsonl"
+    forks = start_forks(2, prepare_slowly_and_train, overrides | {"train.steps": 10 ** 6}, tmp_path / "run", 8, 10)
+    (first, pipe), (second, _) = forks
+    while first.is_alive() and len(read_log(log)) < 3:
+        time.sleep(0.01)
+    os.kill(second.pid, signal.SIGSTOP)
+    said = pipe.recv() if pipe.poll(60) else "nothing"
+    for process, _ in forks:
+        process.kill()
+    assert said.startswith("another process of this run ended early") and len(read_log(log)) >= 3
+
+
+def free_place() -> str:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
-        place = f"127.0.0.1:{free.getsockname()[1]}"
-    agent = [sys.executable, "-m", "torch.distributed.run", "--nnodes", "2", "--nproc-per-node", "1", "--rdzv-backend", "c10d",
-             "--rdzv-endpoint", place, "--rdzv-id", "pair", "-m", "stlm", "train", *settings(overrides), "--folder", str(tmp_path / "run")]
-    hosts = [subprocess.Popen(agent, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) for _ in range(2)]
+        return f"127.0.0.1:{free.getsockname()[1]}"
+
+
+def start_host(place, overrides, folder, *options) -> subprocess.Popen:
+    "What one of several hosts runs."
+    agent = [sys.executable, "-m", "torch.distributed.run", *options, "--nproc-per-node", "1", "--rdzv-backend", "c10d",
+             "--rdzv-endpoint", place, "--rdzv-id", "pair", "-m", "stlm", "train", *settings(overrides), "--folder", str(folder)]
+    return subprocess.Popen(agent, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+
+def test_two_hosts(overrides, alone, tmp_path):
+    place = free_place()
+    hosts = [start_host(place, overrides, tmp_path / "run", "--nnodes", "2") for _ in range(2)]
     outputs = [host.communicate(timeout=180)[0] for host in hosts]
     assert [host.returncode for host in hosts] == [0, 0], outputs
     assert_same_curve(Run(tmp_path / "run"), alone)
+
+
+def listens(process, place: str) -> bool:
+    "Whether the list of all that take part is kept by this process."
+    return any(one.status == psutil.CONN_LISTEN and one.laddr.port == int(place.split(":")[1]) for one in process.net_connections())
+
+
+def test_one_host_goes_on_when_the_other_is_lost(overrides, tmp_path):
+    place, run, overrides = free_place(), Run(tmp_path / "run"), overrides | {"train.steps": 200}
+    patience = "keep_alive_interval=1,last_call_timeout=10"  # seconds; a first host waits as long for a second
+    options = ["--nnodes", "1:2", "--max-restarts", "3", "--rdzv-conf", patience]
+    hosts = [start_host(place, overrides, run.folder, *options) for _ in range(2)]
+    while len(read_log(run.folder / "log.jsonl")) < 3:
+        assert all(host.poll() is None for host in hosts)
+        time.sleep(0.01)
+    before = read_log(run.folder / "log.jsonl")
+    stays, lost = sorted((psutil.Process(host.pid) for host in hosts), key=lambda process: not listens(process, place))
+    for process in [lost, *lost.children(recursive=True)]:
+        process.kill()
+    outputs = {host.pid: host.communicate(timeout=180)[0] for host in hosts}
+    assert "another process of this run ended early" in outputs[stays.pid], outputs
+    assert {host.pid: host.returncode for host in hosts} == {stays.pid: 0, lost.pid: -signal.SIGKILL}, outputs
+    assert run.status == "finished" and read_log(run.folder / "log.jsonl")[0] == before[0], "it went on, and did not begin anew"
 
 
 def test_from_a_notebook(overrides, alone, tmp_path, capfd):
