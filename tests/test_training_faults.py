@@ -290,15 +290,16 @@ def test_a_damaged_checkpoint_does_not_take_the_place_of_later_ones(overrides, t
     assert_same(run, Run(tmp_path / "whole"))
 
 
-def train_with_segmenter(overrides, folder):
+def train_with_segmenter(cache, overrides, folder):
+    os.environ["STLM_CACHE"] = str(cache)
     loop.SEGMENTER_BYTES = 20_000
     train_in_fork(overrides, folder)
 
 
-def test_two_runs_that_need_the_same_segmenter(overrides, tmp_path, monkeypatch):
-    monkeypatch.setenv("STLM_CACHE", str(tmp_path / "cache"))
+def test_two_runs_that_need_the_same_segmenter(overrides, tmp_path):
     overrides = tiny_run(overrides["data.corpus"]) | {"data.tokenizer": "bytes", "model.patches.patcher": "entropy", "train.steps": 3}
-    forks = [start_forks(1, train_with_segmenter, overrides | {"train.seed": seed}, tmp_path / str(seed))[0] for seed in (0, 1)]
+    forks = [start_forks(1, train_with_segmenter, tmp_path / "cache", overrides | {"train.seed": seed}, tmp_path / str(seed))[0]
+             for seed in (0, 1)]
     assert [pipe.recv() for _, pipe in forks] == ["", ""], "the second waits for the first"
     for process, _ in forks:
         process.join()
