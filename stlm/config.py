@@ -533,7 +533,9 @@ PRESETS: dict[str, dict[str, dict[str, Any]]] = {
                     "train": _DEMO_TRAIN},
 }
 
-# Together they beat the plain baseline of 10 million parameters at the same time on the clock (reports/recipe_10m).
+# Together they beat the plain baseline of 10 million parameters at the same time on the clock by 0.225 bits per byte. Of single ones
+# Muon brought 0.170, ReLU² and the linear cooldown made no difference, and the others were not tried alone (reports/recipe_10m); at 1 to
+# 3 million zero start and scalars won, and QK-norm lost (reports/recipe).
 MODERN: dict[str, Any] = {
     "model.ffn": "relu2", "model.qk_norm": True, "model.zero_init": True, "model.residual_scalars": True,
     "train.optimizer": "muon", "train.embedding_lr": 3.0, "train.schedule": "linear", "train.cooldown": 0.6, "train.min_lr_ratio": 0.0}
