@@ -34,6 +34,7 @@ from stlm.data import shards
 shards.COMMIT_CHUNKS = 2
 shards.prepare(DataConfig(**eval(sys.argv[1])))"""
 SLOWLY = "import os, time; os.fsync = lambda _: time.sleep(0.5)\n" + PREPARE  # many seconds, on the fastest machine
+HEARING = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # what a shell starts with & is deaf to Ctrl-C
 
 
 @pytest.fixture
@@ -127,10 +128,10 @@ def test_a_script_without_a_guard_is_told_so_and_waits_for_nothing(cache, corpus
 
 def test_ctrl_c_leaves_nothing_to_mistake(cache, corpus):
     values = settings_for(corpus, "bpe:512")
-    process = start_prepare(values, SLOWLY)
+    process = start_prepare(values, HEARING + SLOWLY)
     wait_for_work(process, cache)
     process.send_signal(signal.SIGINT)
-    _, errors = process.communicate(timeout=120)  # on a busy machine; undisturbed it ends within seconds
+    _, errors = process.communicate(timeout=30)
     assert process.returncode != 0 and "KeyboardInterrupt" in errors
     assert not list((cache / "data").glob("*/manifest.json"))
     assert not find_damage(prepare(DataConfig(**values), show_progress=False).folder) and litter(cache) == []
