@@ -1398,6 +1398,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '', 'doc_host': '', 'git_url
                                  'stlm.train.loop.Trainer._is_useful': ('train.loop.html#trainer._is_useful', 'stlm/train/loop.py'),
                                  'stlm.train.loop.Trainer._metrics': ('train.loop.html#trainer._metrics', 'stlm/train/loop.py'),
                                  'stlm.train.loop.Trainer._new_interval': ('train.loop.html#trainer._new_interval', 'stlm/train/loop.py'),
+                                 'stlm.train.loop.Trainer._peak_memory': ('train.loop.html#trainer._peak_memory', 'stlm/train/loop.py'),
                                  'stlm.train.loop.Trainer._publish': ('train.loop.html#trainer._publish', 'stlm/train/loop.py'),
                                  'stlm.train.loop.Trainer._write': ('train.loop.html#trainer._write', 'stlm/train/loop.py'),
                                  'stlm.train.loop.Trainer.account': ('train.loop.html#trainer.account', 'stlm/train/loop.py'),

@@ -382,6 +382,20 @@ def test_pooled_models_are_trained_like_all_others(project, overrides, tmp_path,
         assert 2 < whole.metrics["account"]["symbols_per_patch"] < 8, "the threshold was set for patches of 4"
 
 
+def test_peak_memory_is_that_of_the_whole_run(overrides, tmp_path, monkeypatch):
+    """A run is not smaller because it was stopped once."""
+    config = preset("demo-bpe", tiny_run(overrides["data.corpus"]) | {"train.steps": 6})
+    (tmp_path / "run").mkdir()
+    first = Trainer(config, Run(tmp_path / "run"), prepare(config.data, show_progress=False), show_progress=False)
+    first.step()
+    with monkeypatch.context() as before:
+        before.setattr("stlm.train.loop.peak_memory_bytes", lambda device: 10**13)
+        first.save()
+    assert train(config, tmp_path / "run", show_progress=False).metrics["peak_memory_bytes"] == 10**13
+    whole = train(config, tmp_path / "whole", show_progress=False)
+    assert 10**7 < whole.metrics["peak_memory_bytes"] < 10**11
+
+
 OPTIMIZERS = {"AdamW with caution": {"train.optimizer": "adamw", "train.cautious": True},
               "Muon and an average": {"train.optimizer": "muon", "train.ema": 0.9, "train.schedule": "linear"},
               "schedule-free": {"train.optimizer": "schedulefree", "train.schedule": "constant"}}

@@ -242,6 +242,7 @@ class Progress:
     seconds: float = 0.0 # in training steps alone, without validation and checkpoints
     skipped: int = 0     # steps whose gradient was not finite and which changed nothing
     skipped_in_a_row: int = 0 # up to now
+    peak_memory: int = 0 # bytes that the first process had in use at most; a run that is resumed goes on from there
 
 
 @dataclass
@@ -474,10 +475,14 @@ class Trainer:
             self.log()
         valid = self.validation if self.validation.get("step") == self.progress.step else {}
         if self.world.is_first:
+            self.progress.peak_memory = self._peak_memory()
             state = valid | {"step": self.progress.step, "progress": asdict(self.progress)}
             self.writer.save(self.model, self.optimizer, state, self._averages())
         if wait:
             self.writer.wait()
+
+    def _peak_memory(self) -> int: # bytes, the parts of the run before this one included
+        return max(self.progress.peak_memory, peak_memory_bytes(self.device))
 
     def tell(self, event: str, *news: Any) -> None: # the name of a `Watcher`'s method, and what it takes
         "Let every watcher know. One that fails is left out from then on."
@@ -572,7 +577,7 @@ class Trainer:
                 "train_seconds": self.progress.seconds, "bytes_per_second": middle,
                 "bytes_per_second_quartiles": [low, high], "mfu": statistics.median(line["mfu"] for line in lines),
                 "peak_flops": self.peak, "precision": str(self.dtype).removeprefix("torch."), "device": str(self.device),
-                "peak_memory_bytes": peak_memory_bytes(self.device), "bytes_per_token": figures.bytes_per_token,
+                "peak_memory_bytes": self._peak_memory(), "bytes_per_token": figures.bytes_per_token,
                 "bytes_per_patch": figures.bytes_per_token * figures.symbols_per_patch, "account": asdict(figures)}
 
 # %% ../../nbs/44_train.loop.ipynb #dac8bef5
