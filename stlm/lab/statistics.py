@@ -18,6 +18,7 @@ import pandas as pd
 from numpy.typing import ArrayLike
 from scipy import optimize, stats
 
+from ..evaluate.bits import ratio_interval
 from ..foundation import StlmError
 
 # %% ../../nbs/65_lab.statistics.ipynb #57d85fcb
@@ -45,28 +46,28 @@ def _gaps(first: ArrayLike, second: ArrayLike) -> np.ndarray: # (N,)
     return after - before
 
 
-def _over_draws(totals: np.ndarray, sizes: np.ndarray, value: float, confidence: float) -> Difference: # (R,) sums of each draw
-    there = sizes > 0  # a draw of empty documents only has no ratio
-    low, high = np.quantile(totals[there] / sizes[there], [(1 - confidence) / 2, (1 + confidence) / 2])
-    return Difference(value, float(low), float(high), confidence)
+def _of_totals(totals: np.ndarray, # of each unit: the sum of its gaps, (U,)
+               sizes: np.ndarray,  # of each unit: its bytes or its number of items, (U,)
+               confidence: float,
+               resamples: int | None,
+               seed: int
+               ) -> Difference:
+    low, high = ratio_interval(totals, sizes, confidence, resamples, seed)
+    return Difference(float(totals.sum() / sizes.sum()), low, high, confidence)
 
 
 def difference_over_documents(first: ArrayLike,         # nats of each document under the first model, (D,)
                               second: ArrayLike,        # nats of the same documents under the second model, (D,)
                               n_bytes: ArrayLike,       # raw UTF-8 bytes of each document, (D,)
                               confidence: float = 0.95,
-                              resamples: int = 2000,
+                              resamples: int | None = None, # None = as many as take a moment
                               seed: int = 0
                               ) -> Difference:          # in bits per byte
     "Paired bootstrap over documents of the difference in bits per byte. Raises `StlmError` for what is no pairs, and without a byte."
     gap, size = _gaps(first, second) / math.log(2), np.asarray(n_bytes, float)  # (D,) bits, (D,)
     if size.shape != gap.shape or not size.sum() > 0:
         raise StlmError(f"{len(gap)} documents have {size.size} sizes, {size.sum():g} bytes in all; allowed: one each, not all zero")
-    value = float(gap.sum() / size.sum())
-    if len(gap) < 2:
-        return Difference(value, -math.inf, math.inf, confidence)
-    weights = np.random.default_rng(seed).multinomial(len(gap), np.full(len(gap), 1 / len(gap)), resamples)  # (R, D) times drawn
-    return _over_draws(weights @ gap, weights @ size, value, confidence)
+    return _of_totals(gap, size, confidence, resamples, seed)
 
 # %% ../../nbs/65_lab.statistics.ipynb #05571c89
 def _over_groups(gaps: np.ndarray,         # (N,)
@@ -85,17 +86,11 @@ def difference_over_items(first: ArrayLike,                # score of each item 
                           second: ArrayLike,               # score of the same items under the second model, (N,)
                           groups: ArrayLike | None = None, # label of each item, such as its paradigm: whole groups are drawn, (N,)
                           confidence: float = 0.95,
-                          resamples: int = 2000,
+                          resamples: int | None = None,    # None = as many as take a moment
                           seed: int = 0
                           ) -> Difference:                 # in the scores' unit: of accuracy for right and wrong
     "Paired bootstrap over items, or over groups of them, of the difference in mean score. Raises `StlmError` for scores that are no pairs."
-    total, size = _over_groups(_gaps(first, second), groups)
-    value = float(total.sum() / size.sum())
-    if len(total) < 2:
-        return Difference(value, -math.inf, math.inf, confidence)
-    kinds, counts = np.unique(np.stack([total, size]), axis=1, return_counts=True)                        # (2, K), (K,)
-    drawn = np.random.default_rng(seed).multinomial(len(total), counts / len(total), resamples) @ kinds.T # (R, 2)
-    return _over_draws(drawn[:, 0], drawn[:, 1], value, confidence)
+    return _of_totals(*_over_groups(_gaps(first, second), groups), confidence, resamples, seed)
 
 # %% ../../nbs/65_lab.statistics.ipynb #5794da39
 def p_over_items(first: ArrayLike,                # score of each item under the first model: right 1, wrong 0, (N,)
