@@ -246,7 +246,7 @@ def test_an_interrupted_evaluation_goes_on_where_it_was(small: Path, subject: tu
     assert evaluate(*subject, TASKS["hellaswag"], small, folder=tmp_path, show_progress=False).summary() == again.summary()
 
 
-def test_what_differs_is_not_mixed_up(small: Path, subject: tuple, tmp_path: Path) -> None:
+def test_what_differs_is_not_mixed_up(small: Path, subject: tuple, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model, tokenizer = subject
     other = LanguageModel(model.config)
     task = TASKS["winogrande"]
@@ -254,6 +254,8 @@ def test_what_differs_is_not_mixed_up(small: Path, subject: tuple, tmp_path: Pat
     paths = {evaluate(each, tokenizer, which, small, limit, tmp_path, show_progress=False).path
              for each, which, limit in ((model, task, 0), (model, task, 3), (other, task, 0), (model, changed, 0), (model, task, 0))}
     assert len(paths) == len(list(tmp_path.iterdir())) == 4
+    monkeypatch.setattr(benchmarks, "SCORER", benchmarks.SCORER + 1)
+    assert evaluate(model, tokenizer, task, small, 0, tmp_path, show_progress=False).path not in paths
 
 
 # sources and errors

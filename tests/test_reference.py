@@ -2,7 +2,7 @@
 import json
 import random
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -82,6 +82,32 @@ def test_scores_are_those_of_lm_eval(folder: Path) -> None:
     assert [each.greedy for each in ours] == [greedy for _, greedy in theirs]
     assert model.config.context == lm.max_length == CONTEXT and tokenizer.eot_id == lm.prefix_token_id
     assert [each.truncated for each in ours] == [number == len(pairs) - 2 for number in range(len(pairs))]
+
+
+def looks_back_by_columns() -> "transformers.PretrainedConfig":
+    return transformers.GPTNeoConfig(**SIZES, num_layers=2, attention_types=[[["global", "local"], 1]], window_size=64)
+
+
+def forgets_its_window_under_a_mask() -> "transformers.PretrainedConfig":
+    return transformers.MistralConfig(**SIZES, num_hidden_layers=2, intermediate_size=64, num_key_value_heads=2, sliding_window=64)
+
+
+SIZES = dict(vocab_size=384, hidden_size=32, num_attention_heads=4, max_position_embeddings=256, initializer_range=0.3)
+
+
+@pytest.mark.parametrize("config", [looks_back_by_columns, forgets_its_window_under_a_mask])
+def test_attention_in_a_window(config: Callable[[], "transformers.PretrainedConfig"], tmp_path: Path) -> None:
+    "Texts that begin alike are scored as each of them is alone, also where the model's layers do not see all of them."
+    torch.manual_seed(0)
+    transformers.AutoModelForCausalLM.from_config(config()).save_pretrained(tmp_path)
+    save_tokenizer(tmp_path, None)
+    model, tokenizer = load_reference(tmp_path)
+    draw = random.Random(1)
+    questions = [" ".join([TEXT[:size], *draw.choices(TEXT.split(" "), k=20)]) for size in (40, 150) for _ in range(8)]
+    pairs = [(question, f" {end}") for question in questions for end in ("fox", "dog")]
+    alone = [score(model, tokenizer, [pair])[0].logprob for pair in pairs]
+    np.testing.assert_allclose([each.logprob for each in score(model, tokenizer, pairs)], alone, rtol=1e-4)
+    assert not model.reads_trees
 
 
 def test_a_fingerprint_names_the_whole_configuration(tmp_path: Path) -> None:

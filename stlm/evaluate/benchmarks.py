@@ -29,7 +29,7 @@ from ..data.tokenizers import Tokenizer
 from ..foundation import StlmError, atomic_file, bits_of, cache_folder, did_you_mean, fingerprint, progress
 from ..config import Precision
 from ..hardware import pick_device, pick_precision
-from ..infer.scoring import score
+from ..infer.scoring import SCORER, score
 from ..model.lm import LanguageModel
 from ..pretrained import from_pretrained
 
@@ -558,7 +558,7 @@ def evaluate(model: LanguageModel,
     items = load_items(task, data_dir, limit)
     data = fingerprint([[item.pairs, item.truth, item.groups] for item in items])
     rounded = [] if dtype == torch.float32 else [str(dtype)]
-    name = fingerprint([model_fingerprint(model, tokenizer), task.name, task.version, limit, data, *rounded])
+    name = fingerprint([model_fingerprint(model, tokenizer), SCORER, task.name, task.version, limit, data, *rounded])
     path = Path(folder) / f"{task.name}-{name}.parquet" if folder else None
     table = _read(path) if path else None
     if table is None:

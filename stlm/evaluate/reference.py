@@ -10,6 +10,7 @@ import json
 import os
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -18,6 +19,7 @@ from torch import Tensor, nn
 
 from ..data.tokenizers import Tokenizer, byte_alphabet, to_bytes
 from ..foundation import StlmError, fingerprint, optional
+from ..infer.scoring import LONGEST_TREE
 from ..model.attention import Tree
 
 # %% ../../nbs/56_evaluate.reference.ipynb #84102830
@@ -97,17 +99,30 @@ class ReferenceModel(nn.Module):
                  context: int       # longest input in symbols
                  ) -> None:
         super().__init__()
-        self.inner, self.head, self.reads_trees = inner, None, True
+        self.inner, self.head = inner, None
         self.eval()
-        ids = torch.arange(1, 9, device=next(inner.parameters()).device)[None]  # any symbols will do
+        ids = self._some_symbols(8)
         with torch.inference_mode():
             own = self.hidden(ids)
             self.config = ReferenceConfig(context, own.shape[-1], _described(inner.config))
             self.head = inner.get_output_embeddings()
             if not _agree(lambda: self.logits(self.hidden(ids)), own):
                 self.head = None
-            alone = torch.cat([self.hidden(ids[:, :5]), self.hidden(ids[:, _SECOND])], dim=1)
-            self.reads_trees = _agree(lambda: self._both(ids), alone)
+
+    @cached_property
+    def reads_trees(self) -> bool:
+        "Whether texts that part in a row are read as each of them is alone, however long the row."
+        n, context = LONGEST_TREE, self.config.context
+        last = max(n - context + 2, n - n // 8)  # where the second text parts: as far behind the two symbols that it continues as can be
+        first = min(context, last)
+        ids, second = self._some_symbols(n), [0, 1, *range(last, n)]
+        tree = Tree(torch.tensor([[*range(-1, first - 1), *[0] * (last - first), 1, *range(last, n - 1)]])).to(ids.device)
+        with torch.inference_mode(), torch.autocast(ids.device.type, enabled=False):
+            alone = torch.cat([self.hidden(ids[:, :first]), self.hidden(ids[:, second])], dim=1)
+            return _agree(lambda: self.hidden(ids, tree=tree)[:, [*range(first), *second]], alone)
+
+    def _some_symbols(self, n: int) -> Tensor: # (1, n), any will do
+        return torch.arange(n, device=next(self.parameters()).device)[None] % self.inner.get_input_embeddings().num_embeddings
 
     def hidden(self, ids: Tensor,          # (B, T) symbols
                *, tree: Tree | None = None, # how the texts of each row begin alike; None = a row is a text
@@ -125,14 +140,6 @@ class ReferenceModel(nn.Module):
                ) -> Tensor:         # (..., vocab_size)
         "What vectors say of the next symbol."
         return hidden if self.head is None else self.head(hidden)
-
-    def _both(self, ids: Tensor) -> Tensor: # (1, 11, width) two texts from one row
-        tree = Tree(torch.tensor([[-1, 0, 1, 2, 3, 2, 5, 6]])).to(ids.device)
-        read = self.hidden(ids, tree=tree)
-        return torch.cat([read[:, :5], read[:, _SECOND]], dim=1)
-
-
-_SECOND = [0, 1, 2, 5, 6, 7]  # the columns of the second text
 
 
 def _agree(attempt: Any, expected: Tensor) -> bool:
