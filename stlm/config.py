@@ -195,7 +195,8 @@ class ModelConfig:
 @dataclass(frozen=True)
 class DataConfig:
     "On what it is trained. Raises `ConfigError` for an impossible value."
-    corpus: str = "pydocs"           # pydocs, file:PATH, a short hub name, hub:owner/name[:config][:split][:column], or mix:WEIGHT*CORPUS,…
+    corpus: str = "pydocs"           # pydocs, file:PATH, a short hub name, hub:owner/name[@revision][:config][:split][:column],
+                                     # or mix:WEIGHT*CORPUS,…
     tokenizer: str = "bpe:4096"      # bytes, bpe:V, gpt2, or bytes with the ends of another's symbols marked: bytes+bpe:V, bytes+gpt2
     max_bytes: int = 0               # stop reading the corpus after this many raw UTF-8 bytes; 0 = all of it
     valid_fraction: float = 0.01     # share of the documents held out for validation

@@ -17,7 +17,8 @@ from hypothesis import strategies as st
 
 from stlm.config import DataConfig
 from stlm.data import corpora
-from stlm.data.corpora import SPLITS, Corpus, SeenHashes, cut_lines, interleave, open_corpus, split_documents, split_of, texts
+from stlm.data.corpora import (SPLITS, Corpus, SeenHashes, cut_lines, interleave, open_corpus, remember_revisions, split_documents,
+                               split_of, texts)
 from stlm.foundation import StlmError
 
 DOCUMENTS = [f"Document {i}.\n\nIt has \"quotes\", commas,\nan ünïcode word and 😀." for i in range(40)]
@@ -120,7 +121,7 @@ def test_a_missing_column_is_named(folder, column, words):
             read(f"file:{folder}/a.{ending}{column}")
 
 
-@pytest.mark.parametrize("name", ["file:/nowhere/a.txt", "file:", "pydoc", "hub:a", "hub:a/b:c:d:e:f"])
+@pytest.mark.parametrize("name", ["file:/nowhere/a.txt", "file:", "pydoc", "hub:a", "hub:a/b:c:d:e:f", "hub:a/b@", "babylm@v1:c"])
 def test_names_that_mean_nothing(name):
     with pytest.raises(StlmError) as error:
         open_corpus(name)
@@ -209,6 +210,44 @@ def test_a_damaged_piece_is_fetched_again(hub, tmp_path):
     for spoil in (lambda file: file.write_bytes(file.read_bytes()[:-9]), lambda file: file.write_bytes(b""), Path.unlink):
         spoil(pieces(tmp_path / "cache")[2])
         assert read(hub) == everything
+
+
+def edit(monkeypatch, sha: str) -> None:
+    "The owner of every data set commits something."
+    monkeypatch.setattr(HfApi, "dataset_info", lambda *_, revision=None, **__: type("Info", (), {"sha": revision or sha}))
+
+
+def test_the_hub_is_read_as_it_was_first_seen(hub, tmp_path, monkeypatch):
+    before = open_corpus(hub)
+    edit(monkeypatch, "def")
+    assert open_corpus(hub).fingerprint == before.fingerprint and before.info["revision"] == "abc"
+    (tmp_path / "cache" / "corpora" / "hub" / "me--stories.json").unlink()
+    assert open_corpus(hub).info["revision"] == "def" and open_corpus(hub).fingerprint != before.fingerprint
+
+
+def test_a_pinned_revision(hub, monkeypatch):
+    commit = "0123456789" * 4
+    edit(monkeypatch, "def")
+    by_tag = open_corpus(f"{hub}@v1:default")
+    assert by_tag.info["revision"] == "v1" and by_tag.info["config"] == "default"
+    assert open_corpus(hub).info["revision"] == "def", "one that is pinned says nothing of the newest"
+    monkeypatch.setattr(HfApi, "dataset_info", refuse)
+    assert open_corpus(f"{hub}@v1:default").fingerprint == by_tag.fingerprint
+    assert open_corpus(f"{hub}@{commit}").info["revision"] == open_corpus(f"tinystories@{commit}").info["revision"] == commit
+    assert open_corpus(f"{hub}@{commit}:::text").fingerprint != open_corpus(f"{hub}@{commit}").fingerprint
+
+
+@pytest.mark.parametrize("name", ["hub:me/stories", "tinystories", "mix:1*hub:me/stories@v1,2*tinystories"])
+def test_another_machine_reads_the_hub_as_the_first_one_did(name, tmp_path, monkeypatch):
+    edit(monkeypatch, "abc")
+    before = open_corpus(name)
+    monkeypatch.setenv("STLM_CACHE", str(tmp_path / "another"))
+    monkeypatch.setattr(HfApi, "dataset_info", refuse)
+    remember_revisions(before.name, before.info)
+    assert open_corpus(name).fingerprint == before.fingerprint
+    later = {"corpus": "tinystories", "revision": "def"}
+    remember_revisions(name, {"source": [later]} if name.startswith("mix:") else later)
+    assert open_corpus(name).fingerprint == before.fingerprint, "what this machine has read stays in use"
 
 
 # Mixtures

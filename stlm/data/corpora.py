@@ -5,8 +5,9 @@
 # %% auto #0
 __all__ = ['PYDOCS_PACKAGES', 'LONGEST_DOCUMENT', 'ROWS_AT_ONCE', 'HUB_SETS', 'PIECE_BYTES', 'SPLITS', 'Corpus',
            'read_docstrings', 'read_topics', 'extract_pydocs', 'find_files', 'cut_lines', 'choose_column', 'HubSet',
-           'parse_hub_name', 'group_rows', 'cached_rows', 'parse_mixture', 'interleave', 'open_corpus', 'hash_text',
-           'split_of', 'SeenHashes', 'different', 'split_documents', 'texts', 'cut_pieces', 'in_pieces']
+           'parse_hub_name', 'remember_revisions', 'group_rows', 'cached_rows', 'parse_mixture', 'interleave',
+           'open_corpus', 'hash_text', 'split_of', 'SeenHashes', 'different', 'split_documents', 'texts', 'cut_pieces',
+           'in_pieces']
 
 # %% ../../nbs/10_data.corpora.ipynb #6787fed5
 import ast
@@ -30,7 +31,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fractions import Fraction
 from functools import partial
 from pathlib import Path
@@ -410,6 +411,7 @@ class HubSet:
     column: str = ""       # the column with the text; "" = `text`, or the only one
     rows: str = "document" # a row is a document, or one line of an "article" or of a "block"
     licence: str = "see the page of the data set"
+    revision: str = ""     # commit, tag or branch; "" = the commit that was the newest when this machine first read the set
 
 
 HUB_SETS = {
@@ -422,45 +424,65 @@ HUB_SETS = {
 }
 
 
-def parse_hub_name(name: str    # a short name, or hub:owner/name[:config][:split][:column]
+_PINNED = r"(?:@([\w./-]+))?"
+
+
+def parse_hub_name(name: str    # a short name[@revision], or hub:owner/name[@revision][:config][:split][:column]
                    ) -> HubSet:
     "The data set that a name stands for. Raises `StlmError`."
-    if name in HUB_SETS:
-        return HUB_SETS[name]
+    if short := re.fullmatch(f"({'|'.join(HUB_SETS)}){_PINNED}", name):
+        return replace(HUB_SETS[short[1]], revision=short[2] or "")
     place, config, split, column, *rest = [*name.removeprefix("hub:").split(":"), "", "", ""]
-    if not re.fullmatch(r"[\w.-]+/[\w.-]+", place) or any(rest):
-        raise StlmError(f"data.corpus={name!r} is not possible; allowed: hub:owner/name[:config][:split][:column]")
-    return HubSet(place, config, split or "train", column)
+    found = re.fullmatch(rf"([\w.-]+/[\w.-]+){_PINNED}", place)
+    if not found or any(rest):
+        raise StlmError(f"data.corpus={name!r} is not possible; allowed: hub:owner/name[@revision][:config][:split][:column]")
+    return HubSet(found[1], config, split or "train", column, revision=found[2] or "")
 
 # %% ../../nbs/10_data.corpora.ipynb #11febbee
-def _newest_revision(hub: HubSet) -> str:
+def _ask_revision(hub: HubSet) -> str:
     "Ask the hub for the commit that a data set is at. Raises `StlmError` where it cannot be had."
     from huggingface_hub import HfApi
     from huggingface_hub.errors import HfHubHTTPError
     try:
-        return str(HfApi().dataset_info(hub.id, timeout=10).sha)
+        return str(HfApi().dataset_info(hub.id, revision=hub.revision or None, timeout=10).sha)
     except HfHubHTTPError as error:
         reason = " ".join(str(error).split())[:160]
-        raise StlmError(f"the hub refuses data set {hub.id!r}: {reason}; check its name, or log in where it is gated") from error
+        advice = "check its name and revision, or log in where it is gated"
+        raise StlmError(f"the hub refuses data set {hub.id!r}: {reason}; {advice}") from error
     except Exception as error:  # every kind of network trouble has an error of its own
         reason = " ".join(str(error).split())[:80] or type(error).__name__
         advice = "connect to the network, or download the data elsewhere and use data.corpus=file:PATH, or use data.corpus=pydocs"
         raise StlmError(f"the hub with data set {hub.id!r} is out of reach ({reason}); {advice}") from error
 
 
+def _revision_file(hub: HubSet) -> Path:
+    name = f"{hub.id}@{hub.revision}" if hub.revision else hub.id
+    return cache_folder() / "corpora" / "hub" / f"{name.replace('/', '--')}.json"
+
+
+def _remember(hub: HubSet, revision: str) -> None:
+    write_json(_revision_file(hub), {"id": hub.id, "revision": revision})
+
+
 def _revision(hub: HubSet) -> str:
-    "The newest revision; out of reach of the hub, the last one that was seen."
-    remembered = cache_folder() / "corpora" / "hub" / f"{hub.id.replace('/', '--')}.json"
+    "The commit that is read: what the hub said when it was first asked."
+    if re.fullmatch("[0-9a-f]{40}", hub.revision):
+        return hub.revision
     try:
-        revision = _newest_revision(hub)
-        write_json(remembered, {"id": hub.id, "revision": revision})
+        return str(json.loads(_revision_file(hub).read_text(encoding="utf-8"))["revision"])
+    except (OSError, ValueError, KeyError, TypeError):
+        revision = _ask_revision(hub)
+        _remember(hub, revision)
         return revision
-    except StlmError:
-        try:
-            return str(json.loads(remembered.read_text(encoding="utf-8"))["revision"])
-        except (OSError, ValueError, KeyError, TypeError):
-            pass
-        raise
+
+
+def remember_revisions(name: str,           # of a corpus that was read before, maybe on another machine
+                       info: dict[str, Any] # its `Corpus.info`
+                       ) -> None:
+    "Read data sets of the hub as they were then, where this machine has not read them before."
+    for part in info["source"] if name.startswith("mix:") else [info | {"corpus": name}]:
+        if "revision" in part and not _revision_file(hub := parse_hub_name(part["corpus"])).exists():
+            _remember(hub, part["revision"])
 
 # %% ../../nbs/10_data.corpora.ipynb #bf887266
 def group_rows(rows: Iterable[str], # rows of a table
@@ -546,7 +568,7 @@ def _saved_rows(folder: Path, start: int, batches: Iterator[list[str]], state: C
 # %% ../../nbs/10_data.corpora.ipynb #30d7f29e
 def _open_stream(hub: HubSet, revision: str) -> "datasets.IterableDataset":
     import datasets
-    _newest_revision(hub)
+    _ask_revision(hub)
     return datasets.load_dataset(hub.id, hub.config or None, split=hub.split, revision=revision, streaming=True)
 
 
@@ -614,7 +636,7 @@ def open_corpus(name: str   # as in `DataConfig.corpus`
         return _open_pydocs()
     if name.startswith("file:"):
         return _open_files(name)
-    if name in HUB_SETS or name.startswith("hub:"):
+    if name.partition("@")[0] in HUB_SETS or name.startswith("hub:"):
         return _open_hub(name)
     if name.startswith("mix:"):
         return _open_mixture(name)
