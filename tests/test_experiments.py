@@ -64,6 +64,28 @@ def test_a_failing_arm_is_recorded_and_the_others_go_on(inside, overrides, capfd
     assert (study.of("good")[0].run.folder / "metrics.json").stat().st_mtime_ns == before, "finished runs are not repeated"
 
 
+def test_a_run_on_a_text_that_was_replaced_is_no_longer_compared(inside, overrides, tmp_path, capfd):
+    text = tmp_path / "text.txt"
+    shutil.copy(overrides["data.corpus"].removeprefix("file:"), text)
+    whole, changes = text.read_text(), overrides | {"data.corpus": f"file:{text}", "train.steps": 2}
+    arms = {"early": changes, "late": changes | {"train.lr": 0.01}}
+    Study("replaced", "demo-bpe", {"early": changes}).train()
+    text.write_text(whole.replace("License", "licence"))
+    study = Study("replaced", "demo-bpe", arms)
+    study.train()
+    table = study.table(max_bytes=3000).set_index("arm")
+    assert list(table["status"]) == ["failed", "finished"] and "holds another text" in table.loc["early", "error"]
+    assert "cannot be compared" in study.compare("early", "late") and list(study.logs()) == ["late"]
+    assert "early, seed 0 failed: the data of" in capfd.readouterr().err
+    shutil.rmtree(study.of("late")[0].run.folder)
+    text.write_text(whole)
+    study.train()
+    assert [planned.status for planned in study.runs] == ["finished"] * 2, "the text is there again"
+    text.unlink()
+    study.train()
+    assert [planned.status for planned in study.runs] == ["finished"] * 2, "nothing contradicts them"
+
+
 def test_an_arm_that_is_added_is_measured_beside_the_baseline_and_leaves_the_others_as_they_are(monkeypatch, tmp_path):
     asked = []
     def measure_speed(configs, rounds):

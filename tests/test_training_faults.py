@@ -8,10 +8,14 @@ import shutil
 import signal
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 
+import pandas as pd
 import pytest
 import torch
+from huggingface_hub import HfApi
 from safetensors.torch import load_file
 
 from helpers import (FORKS, command, error_in_fork, errors_in_forks, own_project, real_text, settings, small_run, start_forks, stlm,
@@ -21,6 +25,7 @@ from stlm.data.shards import prepare
 from stlm.evaluate.bits import bits_per_byte
 from stlm.foundation import StlmError, file_sha256
 from stlm.infer.generate import generate
+from stlm.lab.studies import score_run
 from stlm.model.accounting import account
 from stlm.pretrained import from_pretrained
 from stlm.train import loop
@@ -188,7 +193,7 @@ class StopAt(Watcher):
             self.trainer.request("stop")
 
 
-def test_data_that_changed_under_a_run_is_refused(overrides, tmp_path):
+def test_data_that_changed_under_a_run_is_refused(overrides, tmp_path, monkeypatch):
     text = tmp_path / "text.txt"
     shutil.copy(overrides["data.corpus"].removeprefix("file:"), text)
     config = preset("demo-bpe", tiny_run(f"file:{text}"))
@@ -196,10 +201,56 @@ def test_data_that_changed_under_a_run_is_refused(overrides, tmp_path):
         train(config, tmp_path / "run", show_progress=False, watchers=[StopAt(10)])
     whole = text.read_text()
     text.write_text(whole.replace("License", "licence"))
-    with pytest.raises(StlmError, match=r"the data of .*run changed since the run began"):
+    with monkeypatch.context() as patched, pytest.raises(StlmError, match=r"the data of .*run changed since the run began"):
+        patched.setattr(loop, "prepare", lambda *_, **__: pytest.fail("it takes long, and would be for nothing"))
         train(config, tmp_path / "run", show_progress=False)
     text.write_text(whole)
     assert train(config, tmp_path / "run", show_progress=False).status == "finished"
+
+
+def test_data_that_changed_after_a_run_is_refused(overrides, tmp_path):
+    text = tmp_path / "text.txt"
+    shutil.copy(overrides["data.corpus"].removeprefix("file:"), text)
+    config, whole = preset("demo-bpe", tiny_run(f"file:{text}") | {"train.steps": 3}), text.read_text()
+    run = train(config, tmp_path / "run", show_progress=False)
+    scores = score_run(run, 2000)
+    text.write_text(whole.replace("License", "licence"))
+    for repeat in (lambda: train(config, run.folder, show_progress=False), lambda: score_run(run, 2000)):
+        with pytest.raises(StlmError, match=r"data\.corpus=file:.*text\.txt holds another text; delete the folder .* or choose another"):
+            repeat()
+    text.unlink()
+    assert train(config, run.folder, show_progress=False).metrics == run.metrics, "a text that is gone does not make a run useless"
+    assert score_run(run, 2000).equals(scores)
+
+
+@pytest.mark.parametrize("name", ["hub:me/stories", "mix:1*hub:me/stories,1*file:licence.txt"])
+def test_a_data_set_of_the_hub_that_was_edited_does_not_end_a_run(overrides, tmp_path, monkeypatch, name):
+    texts = Path(overrides["data.corpus"].removeprefix("file:")).read_text().split("\n\n")
+    (tmp_path / "me" / "stories").mkdir(parents=True)
+    pd.DataFrame({"text": texts}).to_parquet(tmp_path / "me" / "stories" / "0.parquet")  # a hub, played by a folder
+    (tmp_path / "licence.txt").write_text("\n\n".join(text.upper() for text in texts))
+    monkeypatch.chdir(tmp_path)
+    config = preset("demo-bpe", tiny_run(name) | {"train.steps": 15})
+    for number, number_of_cache in enumerate((0, 0, 1)):  # the last time with a new cache, as on another machine
+        monkeypatch.setenv("STLM_CACHE", str(tmp_path / f"cache {number_of_cache}"))
+        monkeypatch.setattr(HfApi, "dataset_info", lambda *_, sha=f"commit {number}", **__: SimpleNamespace(sha=sha))
+        with pytest.raises(Stopped) if number < 2 else nullcontext():
+            train(config, tmp_path / "run", show_progress=False, watchers=[StopAt(5 + 5 * number)])
+    assert Run(tmp_path / "run").status == "finished" and "commit 0" in str(Run(tmp_path / "run").environment)
+
+
+def test_a_segmenter_belongs_to_its_text(overrides, tmp_path, monkeypatch):
+    monkeypatch.setenv("STLM_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(loop, "SEGMENTER_BYTES", 5_000)
+    text = tmp_path / "text.txt"
+    shutil.copy(overrides["data.corpus"].removeprefix("file:"), text)
+    config = preset("demo-bpe", tiny_run(f"file:{text}") | {"model.patches.patcher": "entropy", "train.steps": 1})
+    for number in range(2):
+        train(config, tmp_path / f"run {number}", show_progress=False)
+        text.write_text(text.read_text().replace("License", "licence"))
+    segmenters = [Run(path.parent) for path in (tmp_path / "cache" / "segmenters").glob("*/metrics.json")]
+    assert ({run.environment["data"] for run in segmenters}
+            == {Run(tmp_path / f"run {number}").environment["data"] for number in range(2)} and len(segmenters) == 2)
 
 
 def test_best_checkpoint_stays(overrides, tmp_path):

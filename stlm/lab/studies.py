@@ -13,8 +13,9 @@ import subprocess
 import sys
 import tempfile
 import threading
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -35,7 +36,7 @@ from .reports import publish
 from .statistics import Difference, difference_over_documents, difference_over_seeds, in_words, together
 from ..pretrained import from_pretrained
 from ..train.loop import Trainer
-from ..train.records import Run, read_log
+from ..train.records import Run, read_log, require_same
 
 # %% ../../nbs/72_lab.studies.ipynb #beaeed4c
 _IPYTHON = {"In", "Out", "exit", "quit", "open", "get_ipython"}
@@ -111,6 +112,23 @@ class StudyRun:
         path = self.run.folder / "error.txt"
         return path.read_text("utf-8").strip() if path.exists() else ""
 
+    @property
+    def status(self) -> str:
+        "That of the run; failed where it finished, but its text is another one by now."
+        return "failed" if self.run.status == "finished" and self.error else self.run.status
+
+
+@contextmanager
+def _recorded(planned: StudyRun) -> Iterator[None]:
+    "What goes wrong is kept in the run's folder and shown; the study goes on."
+    error_file = planned.run.folder / "error.txt"
+    error_file.unlink(missing_ok=True)
+    try:
+        yield
+    except StlmError as error:
+        write_text(error_file, f"{error}\n")
+        print(f"{planned.title} failed: {error}", file=sys.stderr)
+
 # %% ../../nbs/72_lab.studies.ipynb #22bf5d35
 _PREPARING = threading.Lock()  # one data set at a time: `datasets` does not read in two threads, and preparing uses all cores anyway
 
@@ -141,12 +159,13 @@ class Study:
 
     def of(self, arm: str) -> list[StudyRun]:
         "The finished runs of one arm, in order of their seeds."
-        return sorted((r for r in self.runs if r.arm == arm and r.run.status == "finished"), key=lambda r: r.seed)
+        return sorted((r for r in self.runs if r.arm == arm and r.status == "finished"), key=lambda r: r.seed)
 
     def train(self,
               jobs: int = 1 # processes at a time, which share the cores; one after the other gives the cleanest times
               ) -> None:
         "Run everything that is not finished, each run in a process of its own; a failure is recorded and the rest goes on."
+        self._check_texts()
         stop = threading.Event()
         waiting = [planned for planned in self.runs if planned.run.status != "finished"]
         with ThreadPoolExecutor(jobs) as pool:
@@ -156,19 +175,21 @@ class Study:
             except BaseException:
                 stop.set()  # ends the processes and what is still waiting
                 raise
+        self._check_texts()  # again: hours may have passed
+
+    def _check_texts(self) -> None:
+        for planned in self.runs:
+            if planned.run.status == "finished":
+                with _recorded(planned):
+                    require_same(planned.run, planned.config)
 
     def _train(self, planned: StudyRun, jobs: int, stop: threading.Event) -> None:
         if stop.is_set():
             return
-        error_file = planned.run.folder / "error.txt"
-        error_file.unlink(missing_ok=True)
-        try:
+        with _recorded(planned):
             with _PREPARING:
                 prepare(planned.config.data)  # here, where its progress can be seen
             run_in_process(planned, _threads_of_a_run(jobs), stop)
-        except StlmError as error:
-            write_text(error_file, f"{error}\n")
-            print(f"{planned.title} failed: {error}", file=sys.stderr)
 
     def logs(self) -> dict[str, list[pd.DataFrame]]:
         "The logs of the finished runs, by arm."
@@ -183,8 +204,8 @@ class Study:
     def _row(self, planned: StudyRun, max_bytes: int) -> dict[str, Any]:
         metrics = dict(planned.run.metrics or {})
         sizes = metrics.pop("account", {})
-        row = {"arm": planned.arm, "seed": planned.seed, "run": planned.run.id, "status": planned.run.status, "error": planned.error}
-        quality = summarise(score_run(planned.run, max_bytes)) if planned.run.status == "finished" else {}
+        row = {"arm": planned.arm, "seed": planned.seed, "run": planned.run.id, "status": planned.status, "error": planned.error}
+        quality = summarise(score_run(planned.run, max_bytes)) if planned.status == "finished" else {}
         return row | quality | planned.overrides | metrics | sizes
 
     def differences(self,
@@ -310,8 +331,9 @@ def score_run(run: Run,                 # finished
               max_bytes: int = 200_000, # raw bytes of held-out documents
               split: str = "validation"
               ) -> pd.DataFrame:        # one row a document: n_bytes, nats
-    "What a run's model needs for the first documents of a split; kept in the run's folder."
-    path = run.folder / f"scores_{split}_{max_bytes}.csv"
+    "What a run's model needs for the first documents of a split; kept in the run's folder. Raises `StlmError` where the text has changed."
+    require_same(run, run.config)
+    path = run.folder / f"scores_{split}_{max_bytes}_{run.environment['data']}.csv"
     if not path.exists():
         model, tokenizer = from_pretrained(run.model_folder)
         dataset = prepare(run.config.data, show_progress=False)

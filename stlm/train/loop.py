@@ -170,7 +170,7 @@ def load_segmenter(model: LanguageModel, # with an entropy patcher
     "Fill in the frozen segmenter, training it first where the cache has none, in one process."
     own, patcher = segmenter_run(config), model.body.patcher
     assert isinstance(patcher, EntropyPatcher)
-    run = Run(cache_folder() / "segmenters" / own.id)
+    run = Run(cache_folder() / "segmenters" / f"{own.id}-{dataset.fingerprint}")
     _train(own, run, World(), show_progress, wait=True)  # who needs the same one at the same time gets it from the first
     trained, _ = from_pretrained(run.model_folder, "cpu")
     patcher.load_state_dict(trained.body.state_dict(), strict=False)  # all but the threshold
@@ -626,9 +626,9 @@ def _run_in(folder: str | Path | None, config: RunConfig) -> Run:
     return Run(folder or project_folder() / "runs" / "train" / config.id)
 
 
-def _is_finished(run: Run, config: RunConfig) -> bool: # Raises `StlmError` for a run of another configuration
-    if run.status == "finished":
-        require_same(run, config)
+def _is_finished(run: Run, config: RunConfig) -> bool: # Raises `StlmError` for a run of another configuration or another text
+    if run.status != "new":
+        require_same(run, config)  # of a stopped run here already, since to prepare the data takes long
     return run.status == "finished"
 
 

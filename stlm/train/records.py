@@ -17,6 +17,7 @@ from typing import Any
 import pandas as pd
 
 from ..config import RunConfig, from_yaml, to_dict, to_yaml
+from ..data.corpora import open_corpus, remember_revisions
 from ..foundation import StlmError, write_json, write_text
 
 # %% ../../nbs/43_train.records.ipynb #1d73ed05
@@ -166,7 +167,7 @@ def _remove_leftovers(folder: Path) -> None:
 # %% ../../nbs/43_train.records.ipynb #0ac6f169
 def begin(run: Run,                   # a new or a stopped run
           config: RunConfig,          # what is to be trained
-          environment: dict[str, Any] # versions, hardware; "data" is the data's fingerprint
+          environment: dict[str, Any] # versions, hardware; "data" is the data's fingerprint, "corpus" what its manifest says of the text
           ) -> None:
     "Write a new run's configuration and environment, or check that a stopped one is the same. Raises `StlmError`."
     if run.status == "new":
@@ -181,9 +182,22 @@ def begin(run: Run,                   # a new or a stopped run
 def require_same(run: Run,         # not a new one
                  config: RunConfig # what is to be trained
                  ) -> None:
-    "Raise `StlmError` where the run is another one."
+    "Raise `StlmError` where the run is another one, or its corpus holds another text than when it began."
     if run.config != config:
         raise StlmError(f"{run.folder} holds another run ({_difference(run.config, config)}); choose another folder")
+    if corpus := run.environment.get("corpus"):
+        _require_same_text(run, config.data.corpus, corpus)
+
+
+def _require_same_text(run: Run, name: str, then: dict[str, Any]) -> None:
+    remember_revisions(name, then["info"])
+    try:
+        now = open_corpus(name).fingerprint
+    except StlmError:  # of a text that is gone or out of reach nothing can be said, and what was trained on it stays of use
+        return
+    if now != then["fingerprint"]:
+        raise StlmError(f"the data of {run.folder} changed since the run began: data.corpus={name} holds another text; "
+                        "delete the folder to train on it there, or choose another folder")
 
 
 def _difference(there: RunConfig, here: RunConfig) -> str:
