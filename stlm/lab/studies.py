@@ -248,11 +248,15 @@ class Study:
         if not found:
             return f"Nothing can be said: no seed of {baseline} and of another arm has finished."
         last = {arm: list(differences.items())[-1] for arm, differences in found.items()}  # over seeds where there are several
-        over = next(iter(last.values()))[0]
-        said = {arm: f"{arm} ({difference})" for arm, (_, difference) in last.items()}
+        most = max(len(self._common(baseline, arm)[0]) for arm in found)
+        over = f"{most} seeds" if most > 1 else "documents"
+        said = {arm: f"{arm} ({difference}{'' if kind == over else f', over {kind}'})" for arm, (kind, difference) in last.items()}
+        lone = [arm for arm, (kind, _) in last.items() if kind == "documents" and len({planned.seed for planned in self.runs}) > 1]
         kind_of_interval = "95% intervals" if len(self.arms) == 2 else "intervals that hold together with 95%"
         kinds = {"less": lambda d: d.high < 0, "no different, as far as this shows": lambda d: d.is_none, "more": lambda d: d.low > 0}
-        parts = [f"{kind}: {', '.join(said[arm] for arm, (_, d) in last.items() if fits(d)) or 'none'}" for kind, fits in kinds.items()]
+        parts = [f"{kind}: {', '.join(said[arm] for arm, (_, d) in last.items() if arm not in lone and fits(d)) or 'none'}"
+                 for kind, fits in kinds.items()]
+        parts += [f"one seed only, so nothing is claimed: {', '.join(said[arm] for arm in lone)}"] * bool(lone)
         return f"Bits per byte compared with {baseline}, {kind_of_interval} over {over}: {'; '.join(parts)}."
 
     def _common(self, baseline: str, arm: str) -> tuple[list[StudyRun], list[StudyRun]]:
