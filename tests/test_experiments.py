@@ -12,6 +12,7 @@ import pytest
 import torch
 from bs4 import BeautifulSoup
 
+import stlm as stlm_package
 from helpers import own_project, real_text, settings, small_run, stlm
 from stlm.cli import app
 from stlm.config import ConfigError, DataConfig, ModelConfig
@@ -86,20 +87,49 @@ def test_a_run_on_a_text_that_was_replaced_is_no_longer_compared(inside, overrid
     assert [planned.status for planned in study.runs] == ["finished"] * 2, "nothing contradicts them"
 
 
-def test_an_arm_that_is_added_is_measured_beside_the_baseline_and_leaves_the_others_as_they_are(monkeypatch, tmp_path):
+@pytest.fixture
+def measured(monkeypatch, tmp_path):
+    "The arms of every measurement, of which the speeds are invented; the baseline's is 100 at the first, 200 at the second."
     asked = []
     def measure_speed(configs, rounds):
         asked.append(list(configs))
         speeds = {"baseline": 100.0 * len(asked), "wide": 50.0, "deep": 150.0}
-        return pd.DataFrame({"bytes_per_second": {arm: speeds[arm] for arm in configs}})
+        speed = pd.Series({arm: speeds.get(arm, 200.0) for arm in configs})
+        return pd.DataFrame({"bytes_per_second": speed, "lower_quartile": 0.8 * speed, "upper_quartile": 1.25 * speed})
     monkeypatch.setenv("STLM_CACHE", str(tmp_path))
     monkeypatch.setattr(studies, "measure_speed", measure_speed)
+    return asked
+
+
+def test_an_arm_that_is_added_is_measured_beside_the_baseline_and_leaves_the_others_as_they_are(measured, tmp_path):
     arms = {"baseline": {}, "wide": {"model.d_ff": 512}, "deep": {"model.n_layers": 5}}
     two = equal_budgets("demo-bpe", {arm: arms[arm] for arm in ("baseline", "wide")}, "seconds", 10_000)
     three = equal_budgets("demo-bpe", arms, "seconds", 10_000)
-    assert asked == [["baseline", "wide"], ["baseline", "deep"]]
+    assert measured == [["baseline", "wide"], ["baseline", "deep"]]
     assert {arm: changes["train.bytes"] for arm, changes in three.items()} == {"baseline": 10_000, "wide": 5_000, "deep": 7_500}
     assert {arm: three[arm] for arm in two} == two
+    kept = [json.loads(file.read_text()) for file in (tmp_path / "speeds").iterdir()]
+    assert sorted((each["ratio_low"], each["ratio"], each["ratio_high"]) for each in kept) == [
+        pytest.approx((0.64 * ratio, ratio, ratio / 0.64)) for ratio in (0.5, 0.75)], "how sure the ratio is can be seen"
+
+
+def test_what_does_the_same_arithmetic_reads_the_same_text(measured):
+    schedule = {"train.schedule": "linear", "train.cooldown": 0.2, "train.min_lr_ratio": 0.0, "train.lr": 0.01, "train.weight_decay": 0.0,
+                "train.warmup": 0.1, "train.seed": 5, "train.eval_every": 3, "train.eval_bytes": 99, "train.clip": 0.0}
+    arms = {"baseline": {}, "other schedule": schedule, "wide": {"model.d_ff": 512}, "wide, other schedule": schedule | {"model.d_ff": 512},
+            "muon": {"train.optimizer": "muon"}}
+    budgets = {arm: changes["train.bytes"] for arm, changes in equal_budgets("demo-bpe", arms, "seconds", 10_000).items()}
+    assert budgets["baseline"] == budgets["other schedule"] == 10_000 and budgets["wide"] == budgets["wide, other schedule"] != 10_000
+    assert measured == [["baseline", "wide, other schedule", "muon"]], "nothing is measured that is known"
+
+
+@pytest.mark.parametrize("module", [torch, stlm_package])
+def test_other_code_is_measured_again(measured, monkeypatch, module):
+    arms = {"baseline": {}, "wide": {"model.d_ff": 512}}
+    for version in ("1", "1", "2"):
+        monkeypatch.setattr(module, "__version__", version)
+        equal_budgets("demo-bpe", arms, "seconds", 10_000)
+    assert len(measured) == 2
 
 
 def test_impossible_arms_are_refused_before_any_work(inside, overrides):
