@@ -57,8 +57,10 @@ def pick_precision(name: str,          # auto, fp32, or bf16
 def synchronize(device: torch.device # with or without a queue of its own
                 ) -> None:
     "Wait until a device has done what it was asked to do: a GPU is only asked, and a clock beside it would measure the asking."
-    if device.type != "cpu":
-        getattr(torch, device.type).synchronize(device)
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    if device.type == "mps":
+        torch.mps.synchronize()  # takes no device: there is one
 
 
 @cache

@@ -17,6 +17,7 @@ import pytest
 import torch
 from huggingface_hub import HfApi
 from safetensors.torch import load_file
+from torch.overrides import TorchFunctionMode
 
 from helpers import (FORKS, command, error_in_fork, errors_in_forks, own_project, real_text, settings, small_run, start_forks, stlm,
                      tiny_run, train_in_fork)
@@ -267,6 +268,23 @@ def test_best_checkpoint_stays(overrides, tmp_path):
 def in_memory(overrides, folder):
     config = preset("demo-bpe", overrides)
     return Trainer(config, Run(folder), prepare(config.data, show_progress=False), show_progress=False)
+
+
+class OnlyWaitingCopies(TorchFunctionMode):
+    """Refuses copies that nobody waits for; only CUDA keeps their order."""
+    def __torch_function__(self, function, types, arguments=(), options=None):
+        assert not (options or {}).get("non_blocking"), function
+        return function(*arguments, **(options or {}))
+
+
+def test_nothing_is_copied_ahead_without_cuda(overrides, tmp_path, monkeypatch):
+    waited = []
+    monkeypatch.setattr("stlm.train.checkpoints.synchronize", waited.append)
+    trainer = in_memory(tiny_run(overrides["data.corpus"]), tmp_path)
+    with OnlyWaitingCopies():
+        trainer.step()
+        trainer.save()
+    assert waited == [torch.device("cpu")], "the thread that writes reads no copy that is under way"
 
 
 def break_steps(trainer, broken):

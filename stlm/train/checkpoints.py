@@ -21,6 +21,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from ..foundation import StlmError, atomic_folder, file_sha256
+from ..hardware import synchronize
 
 # %% ../../nbs/42_train.checkpoints.ipynb #fc04103f
 Tensors = dict[str, dict[str, Tensor]] # for each file, without its suffix: named tensors
@@ -140,10 +141,10 @@ class CheckpointWriter:
 
     @torch.no_grad()
     def _copied(self, contents: Tensors) -> Tensors:
-        copies = {file: {name: self._buffer(file, name, tensor).copy_(tensor, non_blocking=True) for name, tensor in tensors.items()}
-                  for file, tensors in contents.items()}
-        if torch.cuda.is_initialized():
-            torch.cuda.synchronize()  # copies from there are under way until then
+        copies = {file: {name: self._buffer(file, name, tensor).copy_(tensor, non_blocking=tensor.is_cuda)
+                         for name, tensor in tensors.items()} for file, tensors in contents.items()}
+        for device in {tensor.device for tensors in contents.values() for tensor in tensors.values()}:
+            synchronize(device)  # copies from there are under way until then, and the thread does not wait for them
         return copies
 
     def _buffer(self, file: str, name: str, tensor: Tensor) -> Tensor: # pinned for CUDA, which copies faster to such memory
