@@ -177,6 +177,17 @@ def test_out_of_memory(overrides, tmp_path, sizes, advice):
     assert error.startswith("out of memory") and advice in error and "\n" not in error
 
 
+def test_no_compiler(project, overrides, tmp_path, monkeypatch):
+    monkeypatch.setenv("CXX", "/nonexistent")
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "compiled"))
+    changes = tiny_run(overrides["data.corpus"]) | {"train.compile": "on"}
+    code, _, errors = stlm("train", *settings(changes), "--folder", tmp_path / "run", cwd=project)
+    assert code == 2 and "Traceback" not in errors, errors
+    last = errors.strip().splitlines()[-1]
+    assert last.startswith("stlm: torch.compile failed (InvalidCxxCompiler: No working C++ compiler found")
+    assert last.endswith("; begin a new run with --set train.compile=off")
+
+
 def test_two_processes_on_one_folder(overrides, tmp_path):
     with locked(Run(tmp_path)):
         assert error_in_fork(train_in_fork, overrides, tmp_path) == f"{tmp_path} is being trained by another process"

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['SKIPS_IN_A_ROW', 'SEGMENTER_BYTES', 'PACE_STEPS', 'Plan', 'make_plan', 'gradients', 'train_step', 'Stopped',
-           'Diverged', 'explain_memory', 'stop_signals', 'segmenter_run', 'load_segmenter', 'Watcher', 'ProgressBar',
-           'Progress', 'Interval', 'Trainer', 'steps_in_time', 'train', 'train_in_processes']
+           'Diverged', 'explain_memory', 'explain_compilation', 'stop_signals', 'segmenter_run', 'load_segmenter',
+           'Watcher', 'ProgressBar', 'Progress', 'Interval', 'Trainer', 'steps_in_time', 'train', 'train_in_processes']
 
 # %% ../../nbs/44_train.loop.ipynb #8109eb2a
 import itertools
@@ -132,6 +132,20 @@ def explain_memory(config: RunConfig, # of the run
 def _is_out_of_memory(error: Exception) -> bool: # for the processor PyTorch has no type of its own
     known = isinstance(error, (MemoryError, torch.OutOfMemoryError))
     return known or any(words in str(error) for words in ("can't allocate memory", "not enough memory", "out of memory"))
+
+
+@contextmanager
+def explain_compilation() -> Iterator[None]:
+    "Raises `StlmError` with the field to change where `torch.compile` fails, as it does on a processor without a C++ compiler."
+    try:
+        yield
+    except RuntimeError as error:
+        from torch._dynamo.exc import TorchDynamoException  # here, since it takes a second where nothing is compiled
+        if not isinstance(error, TorchDynamoException):
+            raise
+        cause = getattr(error, "inner_exception", error)
+        reason = f"{type(cause).__name__}: {cause}".splitlines()[0]
+        raise StlmError(f"torch.compile failed ({reason}); begin a new run with --set train.compile=off") from error
 
 
 @contextmanager
@@ -639,7 +653,7 @@ def _train(config: RunConfig, run: Run, world: World, show_progress: bool, watch
     with world.in_turn():
         dataset = prepare(config.data, show_progress=show_progress)
     world.agree("texts", dataset.fingerprint)
-    with locked(run, wait) if world.is_first else nullcontext(), explain_memory(config, world.size):
+    with locked(run, wait) if world.is_first else nullcontext(), explain_compilation(), explain_memory(config, world.size):
         if world.sums(world.is_first and _is_finished(run, config))[0]:  # by another process meanwhile
             return
         if world.is_first:
