@@ -1338,6 +1338,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '', 'doc_host': '', 'git_url
                                                                                        'stlm/train/checkpoints.py'),
                                         'stlm.train.checkpoints._save_tensors': ( 'train.checkpoints.html#_save_tensors',
                                                                                   'stlm/train/checkpoints.py'),
+                                        'stlm.train.checkpoints._state': ('train.checkpoints.html#_state', 'stlm/train/checkpoints.py'),
                                         'stlm.train.checkpoints._valid_bpb': ( 'train.checkpoints.html#_valid_bpb',
                                                                                'stlm/train/checkpoints.py'),
                                         'stlm.train.checkpoints._write': ('train.checkpoints.html#_write', 'stlm/train/checkpoints.py'),

@@ -331,13 +331,14 @@ def test_too_many_skipped_steps_end_the_run(overrides, tmp_path):
     assert all(torch.isfinite(p).all() for p in trainer.model.parameters())
 
 
-def test_damaged_checkpoint_gives_way_to_the_one_before(project, overrides, uninterrupted):
-    config, folder = preset("demo-bpe", overrides), project / "damaged"
+@pytest.mark.parametrize("damage", ["half a file", "one digit"])
+def test_damaged_checkpoint_gives_way_to_the_one_before(project, overrides, uninterrupted, damage):
+    config, folder = preset("demo-bpe", overrides), project / damage
     process = begin(project, overrides, folder)
     wait_for_lines(process, folder / "log.jsonl", 4)
     process.send_signal(signal.SIGKILL)
     process.communicate()
-    newest = damage_newest(Run(folder))
+    newest = (damage_newest if damage == "half a file" else change_newest)(Run(folder))
     with pytest.warns(UserWarning, match=newest):
         train(config, folder, show_progress=False)
     assert_same(Run(folder), uninterrupted)
@@ -347,6 +348,14 @@ def damage_newest(run: Run) -> str:
     "Shorten the newest checkpoint of a run; its name."
     newest = checkpoints(run.checkpoint_folder)[-1]
     (newest / "model.safetensors").write_bytes((newest / "model.safetensors").read_bytes()[:-7])
+    return newest.name
+
+
+def change_newest(run: Run) -> str:
+    "Change a digit of the position in the newest checkpoint of a run; its name."
+    newest = checkpoints(run.checkpoint_folder)[-1]
+    text, step = (newest / "state.json").read_text(), int(newest.name.removeprefix("step-"))
+    (newest / "state.json").write_text(text.replace(f'"step": {step}', f'"step": {step + 1}'))
     return newest.name
 
 

@@ -20,7 +20,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from ..foundation import StlmError, atomic_folder, file_sha256
+from ..foundation import StlmError, atomic_folder, file_sha256, fingerprint
 from ..hardware import synchronize
 
 # %% ../../nbs/42_train.checkpoints.ipynb #fc04103f
@@ -62,10 +62,17 @@ def _name(step: int) -> str:
     return f"step-{step:09d}"  # sorted as the steps are
 
 
+def _state(checkpoint: Path) -> dict[str, Any]: # raises `ValueError` where a digit of it changed
+    state = json.loads((checkpoint / "state.json").read_text())
+    if state.pop("self", None) not in (None, fingerprint(state)):  # checkpoints of earlier versions have no fingerprint
+        raise ValueError("state.json does not match its own fingerprint")
+    return state
+
+
 def _valid_bpb(checkpoint: Path) -> float: # infinite where it is not known
     try:
-        value = json.loads((checkpoint / "state.json").read_text()).get("valid_bpb")
-    except (OSError, ValueError, AttributeError):  # a damaged one is not the best
+        value = _state(checkpoint).get("valid_bpb")
+    except (OSError, ValueError, TypeError, AttributeError):  # a damaged one is not the best
         return math.inf
     return value if value is not None and math.isfinite(value) else math.inf
 
@@ -76,7 +83,8 @@ def _write(folder: Path, contents: Tensors, state: dict[str, Any], keep: int) ->
         for name, tensors in contents.items():
             _save_tensors(tensors, temporary / f"{name}.safetensors")
         sums = {path.name: file_sha256(path) for path in sorted(temporary.iterdir())}
-        (temporary / "state.json").write_text(json.dumps(state | {"sha256": sums}, indent=2))
+        state = state | {"sha256": sums}
+        (temporary / "state.json").write_text(json.dumps(state | {"self": fingerprint(state)}, indent=2))
     _prune(folder, keep)
     return target
 
@@ -170,15 +178,15 @@ def save_checkpoint(folder: Path,                     # the `checkpoint` folder 
 def _damage(checkpoint: Path) -> str:
     "What is wrong with a checkpoint; empty if nothing is."
     try:
-        sums = json.loads((checkpoint / "state.json").read_text())["sha256"]
+        sums = _state(checkpoint)["sha256"]
         wrong = [name for name, expected in sums.items() if file_sha256(checkpoint / name) != expected]
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        return f"state.json or a file it names cannot be read ({type(error).__name__})"
+        return f"state.json or a file it names cannot be read ({type(error).__name__}: {error})"
     return f"{', '.join(wrong)} changed after it was written" if wrong else ""
 
 
 def _restore(checkpoint: Path, model: nn.Module, optimizer: torch.optim.Optimizer, extra: Mapping[str, Tensor] | None) -> dict[str, Any]:
-    state = json.loads((checkpoint / "state.json").read_text())
+    state = _state(checkpoint)
     _fill(checkpoint, "model", dict(model.named_parameters()))
     if extra:
         _fill(checkpoint, "extra", extra)
