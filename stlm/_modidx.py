@@ -9,6 +9,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '', 'doc_host': '', 'git_url
                           'stlm.cli._is_first': ('cli.html#_is_first', 'stlm/cli.py'),
                           'stlm.cli._measure': ('cli.html#_measure', 'stlm/cli.py'),
                           'stlm.cli._refuse': ('cli.html#_refuse', 'stlm/cli.py'),
+                          'stlm.cli._row': ('cli.html#_row', 'stlm/cli.py'),
                           'stlm.cli._run_study': ('cli.html#_run_study', 'stlm/cli.py'),
                           'stlm.cli._text': ('cli.html#_text', 'stlm/cli.py'),
                           'stlm.cli._watchers': ('cli.html#_watchers', 'stlm/cli.py'),

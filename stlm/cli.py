@@ -273,13 +273,19 @@ def runs(folder: Annotated[Optional[Path], typer.Argument(help="Where to look; r
     import pandas as pd
 
     from stlm.train.records import find_runs
-    rows = []
-    for run in find_runs(folder or project_folder() / "runs"):
-        metrics = run.metrics or {}
-        rows.append({"run": f"{run.folder.parent.name}/{run.id}", "status": run.status, "corpus": run.config.data.corpus,
-                     "tokenizer": run.config.data.tokenizer, "seed": run.config.train.seed, "bits per byte": metrics.get("valid_bpb"),
-                     "MB seen": metrics.get("bytes_seen", 0) / 1e6, "seconds": metrics.get("train_seconds")})
+    rows = [_row(run) for run in find_runs(folder or project_folder() / "runs")]
     print(pd.DataFrame(rows).to_string(index=False, float_format="{:.3f}".format, na_rep="-") if rows else "no runs yet; try: stlm train")
+
+
+def _row(run: Any) -> dict[str, Any]: # of the table; a run that cannot be read hides none of the others
+    name = f"{run.folder.parent.name}/{run.id}"
+    try:
+        config, metrics = run.config, run.metrics or {}
+        return {"run": name, "status": run.status, "corpus": config.data.corpus, "tokenizer": config.data.tokenizer,
+                "seed": str(config.train.seed), "bits per byte": metrics.get("valid_bpb"),
+                "MB seen": metrics.get("bytes_seen", 0) / 1e6, "seconds": metrics.get("train_seconds")}
+    except StlmError as error:
+        return {"run": name, "status": "damaged", "reason": str(error)}
 
 # %% ../nbs/90_cli.ipynb #d08b7f88
 NotebookArgument = Annotated[str, typer.Argument(help="A study in nbs/experiments, such as quickstart, or the path of a notebook.")]

@@ -16,7 +16,7 @@ from typing import Any
 
 import pandas as pd
 
-from ..config import RunConfig, from_yaml, to_dict, to_yaml
+from ..config import ConfigError, RunConfig, from_yaml, to_dict, to_yaml
 from ..data.corpora import open_corpus, remember_revisions
 from ..foundation import StlmError, write_json, write_text
 
@@ -39,10 +39,13 @@ class Run:
 
     @property
     def config(self) -> RunConfig:
-        "The run's configuration. Raises `StlmError` when there is none."
+        "The run's configuration. Raises `StlmError` when there is none, or one that is not possible."
+        path = self.folder / "config.yaml"
         try:
-            return from_yaml(RunConfig, (self.folder / "config.yaml").read_text("utf-8"))
-        except OSError as error:
+            return from_yaml(RunConfig, path.read_text("utf-8"))
+        except ConfigError as error:
+            raise ConfigError(f"{path}: {error}") from error
+        except (OSError, ValueError) as error:
             raise StlmError(f"{self.folder} is not a run folder: it has no readable config.yaml") from error
 
     @property
