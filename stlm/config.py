@@ -349,6 +349,8 @@ def coerce(value: Any, # from a file, the command line or a notebook
            ) -> Any:   # the value in that type
     "Turn a value into the type it should have. Raises `ConfigError` where that is not beyond doubt."
     if get_origin(kind) is Literal:
+        if isinstance(value, bool) and "on" in get_args(kind):  # YAML reads the words on and off as true and false
+            value = "on" if value else "off"
         _require(value in get_args(kind), name, value, ", ".join(map(str, get_args(kind))))
         return value
     if get_origin(kind) in (types.UnionType, typing.Union):
