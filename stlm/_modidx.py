@@ -1513,6 +1513,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '', 'doc_host': '', 'git_url
                                     'stlm.train.records.Run.status': ('train.records.html#run.status', 'stlm/train/records.py'),
                                     'stlm.train.records._difference': ('train.records.html#_difference', 'stlm/train/records.py'),
                                     'stlm.train.records._is_locked': ('train.records.html#_is_locked', 'stlm/train/records.py'),
+                                    'stlm.train.records._lock': ('train.records.html#_lock', 'stlm/train/records.py'),
                                     'stlm.train.records._read_json': ('train.records.html#_read_json', 'stlm/train/records.py'),
                                     'stlm.train.records._remove_leftovers': ( 'train.records.html#_remove_leftovers',
                                                                               'stlm/train/records.py'),

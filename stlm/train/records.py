@@ -9,10 +9,11 @@ __all__ = ['Run', 'find_runs', 'read_log', 'append_log', 'cut_log', 'locked', 'b
 import fcntl
 import json
 import shutil
+import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import pandas as pd
 
@@ -151,12 +152,19 @@ def locked(run: Run,           # the folder is created
     except OSError as error:
         raise StlmError(f"cannot write {run.folder}: {error.strerror}") from error
     with file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-        except BlockingIOError:
-            raise StlmError(f"{run.folder} is being trained by another process") from None
+        if not _lock(file, wait):
+            raise StlmError(f"{run.folder} is being trained by another process")
         _remove_leftovers(run.folder)
         yield
+
+
+def _lock(file: IO[str], wait: bool) -> bool: # whether it is this process' own now
+    for _ in range(20):  # who asks for the status of a run holds its lock for a moment: only one that is held for longer is another's
+        with suppress(BlockingIOError):
+            fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+            return True
+        time.sleep(0.01)
+    return False
 
 
 def _remove_leftovers(folder: Path) -> None:
