@@ -225,7 +225,7 @@ def test_a_run_is_watched_stopped_and_resumed_in_a_real_jupyterlab(browser, lab:
     first = picture.get_attribute("src")
     expect(picture).not_to_have_attribute("src", first)  # renewed in place
     page.locator(".stlm-live button", has_text="Checkpoint").click()
-    expect(words).to_contain_text("checkpoint written by step")
+    expect(words).to_contain_text("checkpoint taken by step")
     page.locator(".stlm-live button", has_text="Stop").click()
     expect(words).to_contain_text("stopped by request at step")
     run, = (Run(path.parent) for path in (tmp_path / "runs").rglob("config.yaml"))

@@ -6,6 +6,7 @@ import random
 import resource
 import shutil
 import signal
+import threading
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -203,6 +204,54 @@ class StopAt(Watcher):
     def stepped(self):
         if self.trainer.progress.step == self.step:
             self.trainer.request("stop")
+
+
+def test_a_stop_at_a_checkpoint_does_not_write_it_again(overrides, tmp_path, monkeypatch):
+    written = count_writes(monkeypatch)
+    config = preset("demo-bpe", tiny_run(overrides["data.corpus"]) | {"train.checkpoint_every": 5})
+    for step, there in ((10, [5, 10]), (12, [5, 10, 12])):
+        with pytest.raises(Stopped, match=f"at step {step} "):
+            train(config, tmp_path / "run", show_progress=False, watchers=[StopAt(step)])
+        assert written == there
+
+
+def count_writes(monkeypatch, before=lambda: None):
+    "The steps of the checkpoints that were written, as a list that grows; `before` is called by the thread that writes."
+    from stlm.train import checkpoints as module
+    written, write = [], module._write
+
+    def counted(folder, contents, state, keep):
+        before()
+        written.append(state["step"])
+        return write(folder, contents, state, keep)
+    monkeypatch.setattr(module, "_write", counted)
+    return written
+
+
+class AskAndGoOn(Watcher):
+    """Asks for a checkpoint after the second step, which is not written before the fourth."""
+    def __init__(self):
+        self.went_on, self.written_after = threading.Event(), []
+
+    def started(self, trainer):
+        self.trainer = trainer
+
+    def stepped(self):
+        if self.trainer.progress.step == 2:
+            self.trainer.request("checkpoint")
+        if self.trainer.progress.step == 4:
+            self.went_on.set()
+
+    def write(self):
+        self.written_after.append(self.went_on.wait(10))
+
+
+def test_a_checkpoint_that_is_asked_for_does_not_hold_up_the_run(overrides, tmp_path, monkeypatch):
+    watcher = AskAndGoOn()
+    written = count_writes(monkeypatch, watcher.write)
+    changes = {"train.steps": 6, "train.checkpoint_every": 6, "train.eval_every": 6}
+    train(preset("demo-bpe", tiny_run(overrides["data.corpus"]) | changes), tmp_path / "run", show_progress=False, watchers=[watcher])
+    assert written == [2, 6] and watcher.written_after == [True, True]
 
 
 def test_data_that_changed_under_a_run_is_refused(overrides, tmp_path, monkeypatch):

@@ -178,7 +178,7 @@ class Live(Watcher):
         if "checkpoint" in self.asked and "checkpoint" not in self.trainer.requests:
             self.asked.discard("checkpoint")
             self.checkpoint_button.disabled = False
-            self.said = f"checkpoint written by step {step:,}"
+            self.said = f"checkpoint taken by step {step:,}"
         return self.said
 
     def _renew_picture(self) -> None:

@@ -308,6 +308,7 @@ class Trainer:
         self.writer = CheckpointWriter(run.checkpoint_folder, config.train.keep)
         self.progress = Progress()
         self.interval = self._new_interval()
+        self.saved = -1                         # the step of the last checkpoint that was begun here
         self.validation: dict[str, float] = {}  # the last one
         self.best = math.inf                    # bits per byte of the best one
 
@@ -493,6 +494,7 @@ class Trainer:
             self.progress.peak_memory = self._peak_memory()
             state = valid | {"step": self.progress.step, "progress": asdict(self.progress)}
             self.writer.save(self.model, self.optimizer, state, self._averages())
+        self.saved = self.progress.step
         if wait:
             self.writer.wait()
 
@@ -559,8 +561,10 @@ class Trainer:
             return
         if stops or saves:
             self.requests.discard("checkpoint")
-            self.save()
+            if self.saved != self.progress.step:
+                self.save(wait=False)
         if stops:
+            self.writer.wait()
             self.world.sums(0)  # nobody leaves before all is saved: soon after the first has left, the rest may be killed
             raise Stopped(f"stopped by {stop or 'another process'} at step {self.progress.step} of {self.plan.steps}; "
                           f"saved in {self.run.folder}; the same command resumes it")
