@@ -1448,6 +1448,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '', 'doc_host': '', 'git_url
                                  'stlm.train.loop._is_finished': ('train.loop.html#_is_finished', 'stlm/train/loop.py'),
                                  'stlm.train.loop._is_out_of_memory': ('train.loop.html#_is_out_of_memory', 'stlm/train/loop.py'),
                                  'stlm.train.loop._run_in': ('train.loop.html#_run_in', 'stlm/train/loop.py'),
+                                 'stlm.train.loop._seconds_of': ('train.loop.html#_seconds_of', 'stlm/train/loop.py'),
                                  'stlm.train.loop._train': ('train.loop.html#_train', 'stlm/train/loop.py'),
                                  'stlm.train.loop.explain_compilation': ('train.loop.html#explain_compilation', 'stlm/train/loop.py'),
                                  'stlm.train.loop.explain_memory': ('train.loop.html#explain_memory', 'stlm/train/loop.py'),

@@ -113,6 +113,24 @@ def test_every_kind_of_model_is_shared(overrides, tmp_path, kind):
     assert_same_curve(Run(tmp_path / "2"), Run(tmp_path / "1"))
 
 
+def train_by_a_clock_of_its_own(overrides, folder):
+    step, loop.PACE_SHARE = loop.Trainer.step, 0.5
+
+    def slower(trainer):
+        step(trainer)
+        trainer.progress.seconds += 0.02 * trainer.world.rank
+    loop.Trainer.step = slower
+    train_in_fork(overrides, folder)
+
+
+def test_processes_agree_on_the_pace(overrides, tmp_path):
+    """However different their clocks are: each takes as many steps to measure it, and then as many as fit."""
+    timed, run = {name: value for name, value in overrides.items() if name != "train.steps"} | {"train.seconds": 2}, Run(tmp_path / "run")
+    assert errors_in_forks(2, train_by_a_clock_of_its_own, timed, run.folder) == ["", ""]
+    assert run.metrics["steps"] == run.pace["steps"] == max(1, int(2 / run.pace["seconds_per_step"]))
+    assert run.pace["seconds_per_step"] > 0.01, "the mean of both clocks"
+
+
 def test_what_cannot_be_shared_is_refused(overrides, tmp_path):
     errors = errors_in_forks(3, train_in_fork, overrides, tmp_path / "run")
     assert errors == ["train.batch_size=8 cannot be shared by 3 processes; take a multiple of that"] * 3
