@@ -11,6 +11,7 @@ import tokenizers
 import torch
 
 from stlm.evaluate.benchmarks import model_fingerprint
+from stlm.evaluate.bits import bits_by_position, bits_by_window, bits_per_byte
 from stlm.evaluate.reference import load_reference
 from stlm.foundation import StlmError
 from stlm.infer.scoring import score
@@ -108,6 +109,17 @@ def test_attention_in_a_window(config: Callable[[], "transformers.PretrainedConf
     alone = [score(model, tokenizer, [pair])[0].logprob for pair in pairs]
     np.testing.assert_allclose([each.logprob for each in score(model, tokenizer, pairs)], alone, rtol=1e-4)
     assert not model.reads_trees
+
+
+def test_a_document_ends_with_the_models_own_end_of_text(folder: Path) -> None:
+    model, tokenizer = load_reference(folder)
+    text = "The quick brown fox"
+    with torch.inference_mode():
+        behind = model.inner(torch.tensor([[tokenizer.eot_id, *tokenizer.encode(text)]])).logits[0, -1].log_softmax(-1)
+    bits, by_position = bits_per_byte(model, tokenizer, [text]), bits_by_position(model, tokenizer, [text])
+    assert bits.end_nats == pytest.approx(-float(behind[tokenizer.inner.eos_token_id]), rel=1e-4)
+    assert by_position["nats"].sum() == pytest.approx(bits.nats) and by_position["n_bytes"].sum() == len(text)
+    assert bits_by_window(model, tokenizer, [text])["sliding"].end_nats == pytest.approx(bits.end_nats, rel=1e-4)
 
 
 def test_a_fingerprint_names_the_whole_configuration(tmp_path: Path) -> None:

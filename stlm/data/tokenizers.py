@@ -39,7 +39,8 @@ class Tokenizer(ABC):
     "Text to symbols and exactly back."
     name: str               # as in `DataConfig.tokenizer`
     vocab_size: int         # symbols, end of text included
-    eot_id: int             # the end-of-text symbol
+    eot_id: int             # the end-of-text symbol, which opens a document
+    end_id: int             # what stands behind a document: the same, unless others taught their model another
     fingerprint: str        # names the vocabulary and how it is applied, 16 hexadecimal digits
     token_bytes: np.ndarray # (vocab_size,) raw bytes that each symbol stands for; 0 for end of text
     opening: tuple[int, ...] = () # what the model was taught to see before a text that is not empty, besides the text; here nothing
@@ -50,7 +51,7 @@ class Tokenizer(ABC):
                  vocabulary: Any      # what `save` has to write to build this tokenizer again
                  ) -> None:
         self.name, self.vocab_size = name, tokenizer_vocab_size(name)
-        self.eot_id = self.vocab_size - 1
+        self.eot_id = self.end_id = self.vocab_size - 1
         self._pieces = pieces + [b""] * (self.vocab_size - len(pieces))
         self._about = {"format": _FORMAT, "name": name, "vocab_size": self.vocab_size, "eot_id": self.eot_id, "vocabulary": vocabulary}
         self.fingerprint = fingerprint(self._about)

@@ -108,14 +108,14 @@ def _groups(texts: Iterable[str]) -> Iterator[list[str]]:
 
 
 def _encode(tokenizer: Tokenizer, texts: list[str], before: int) -> list[tuple[int, np.ndarray]]:
-    "Raw bytes of each text, and its symbols between two end-of-text symbols."
+    "Raw bytes of each text, and its symbols between the end of the text before it and its own."
     encoded = []
     for number, (text, symbols) in enumerate(zip(texts, tokenizer.encode_batch(texts), strict=True), start=before):
         n_bytes, covered = len(text.encode("utf-8")), int(tokenizer.token_bytes[symbols].sum())
         if n_bytes != covered:
             raise StlmError(f"document {number} has {n_bytes} bytes, but its symbols stand for {covered}; "
                             f"the tokenizer {tokenizer.name} is not exact: use another one")
-        encoded.append((n_bytes, np.concatenate([[tokenizer.eot_id], symbols, [tokenizer.eot_id]]).astype(np.int64)))
+        encoded.append((n_bytes, np.concatenate([[tokenizer.eot_id], symbols, [tokenizer.end_id]]).astype(np.int64)))
     return encoded
 
 

@@ -53,7 +53,8 @@ class ReferenceTokenizer(Tokenizer):
             raise StlmError(f"the tokenizer of {name} has {len(inner)} symbols for a model of {vocab_size}, and "
                             f"{'no' if between is None else 'a'} symbol between texts; a causal language model comes with one that fits")
         self.name, self.inner, self.vocab_size, self.eot_id, self.opening = name, inner, vocab_size, between, _opening(inner)
-        found = _pieces(inner) | {between: b""}
+        self.end_id = between if inner.eos_token_id is None else inner.eos_token_id
+        found = _pieces(inner) | {between: b"", self.end_id: b""}
         self._pieces = [found.get(number, b"") for number in range(vocab_size)]
         self.token_bytes = np.array([len(piece) for piece in self._pieces], dtype=np.int64)
         self.dtype = np.uint16 if vocab_size <= 2**16 else np.uint32
