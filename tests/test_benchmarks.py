@@ -296,6 +296,26 @@ def test_a_bad_row_is_named(small: Path, tmp_path: Path, name: str, row: dict, s
     assert f"{path}, row 2: {said}" in str(error.value) and "\n" not in str(error.value)
 
 
+@pytest.mark.parametrize("ending", [".jsonl", ".csv", ".tsv"])
+def test_what_editors_leave_in_a_file_is_passed_over(tmp_path: Path, ending: str) -> None:
+    rows = [{"goal": f"Dry a cup, {n}", "sol1": "with a towel", "sol2": "with a fish", "label": "0"} for n in range(3)]
+    lines = list(map(json.dumps, rows))
+    text = "\r\n".join(["", lines[0], "", "  ", *lines[1:], "", ""])
+    if ending != ".jsonl":
+        text = pd.DataFrame(rows).to_csv(index=False, sep="\t" if ending == ".tsv" else ",")
+    path = tmp_path / f"piqa_val{ending}"
+    path.write_text(text, encoding="utf-8-sig")
+    assert [dict(row.fields) for row in benchmarks.local_rows(tmp_path, "piqa_val")] == rows
+    assert [item.number for item in load_items(TASKS["piqa"], tmp_path)] == [0, 1, 2]
+
+
+def test_a_blank_line_counts_where_a_row_is_named(tmp_path: Path) -> None:
+    for wrong in ("{}", "null", '{"goal": 1}'):
+        (tmp_path / "piqa_val.jsonl").write_text(f"\n\n{wrong}\n")
+        with pytest.raises(StlmError, match="row 3"):
+            load_items(TASKS["piqa"], tmp_path)
+
+
 def test_a_file_that_was_cut_off_is_named(data: Path, tmp_path: Path) -> None:
     (tmp_path / "winogrande_dev.jsonl.xz").write_bytes((data / "winogrande_dev.jsonl.xz").read_bytes()[:20_000])
     with pytest.raises(StlmError, match=r"cannot read .*winogrande_dev\.jsonl\.xz: .*complete"):

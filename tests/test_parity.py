@@ -148,6 +148,17 @@ def test_files_of_every_kind_are_handed_to_lm_eval(samples: Path, tmp_path: Path
     assert written[0] == written[1] == written[2] and sum(map(len, written[0].values())) == 10 + 5 + 2 * 5 + 5 + 2 * 10
 
 
+def test_blank_lines_and_a_byte_order_mark_are_not_handed_to_lm_eval(samples: Path, tmp_path: Path) -> None:
+    edited = tmp_path / "edited"
+    edited.mkdir()
+    for path in samples.glob("*.jsonl"):
+        (edited / path.name).write_text("\n" + path.read_text("utf-8").replace("\n", "\n\n"), encoding="utf-8-sig")
+    for folder, tasks in ((samples, "plain"), (edited, "read")):
+        write_tasks(folder, tmp_path / tasks)
+    assert [path.read_text() for path in sorted((tmp_path / "plain").glob("*.jsonl"))] == [
+        path.read_text() for path in sorted((tmp_path / "read").glob("*.jsonl"))]
+
+
 def test_lists_and_numbers_in_csv_are_read_as_such(samples: Path, tmp_path: Path) -> None:
     model = LanguageModel(ModelConfig(vocab_size=257, **SIZES | {"context": 1024, "n_layers": 1}))
     folder = converted(samples, tmp_path / "csv", ".csv.gz")

@@ -262,11 +262,11 @@ def find_tasks(names: str   # separated by commas; all = the five of a report ca
     return [TASKS[name] for name in dict.fromkeys(wanted)]
 
 # %% ../../nbs/62_evaluate.benchmarks.ipynb #93395094
-def _read_jsonl(file: Path) -> Iterator[Mapping[str, Any]]:
+def _read_jsonl(file: Path) -> Iterator[Mapping[str, Any] | None]: # None for a blank line, which is no row but counts as a line
     with _text_of(file) as lines:
-        for number, line in enumerate(lines, start=1):
-            fields = json.loads(line) if line.strip() else {}
-            if not isinstance(fields, dict):
+        for number, line in enumerate(map(str.strip, lines), start=1):
+            fields = json.loads(line) if line else None
+            if line and not isinstance(fields, dict):
                 raise ValueError(f"row {number} is no JSON object")
             yield fields
 
@@ -282,12 +282,12 @@ def _read_parquet(file: Path) -> Iterator[Mapping[str, Any]]:
     yield from parquet.read_table(file).to_pylist()
 
 
-def _text_of(file: Path) -> Any: # an open file, unpacked on the way
+def _text_of(file: Path) -> Any: # an open file, unpacked on the way, without the byte-order mark that some editors begin it with
     import fsspec
-    return fsspec.open(str(file), "rt", compression="infer", encoding="utf-8", newline="")
+    return fsspec.open(str(file), "rt", compression="infer", encoding="utf-8-sig", newline="")
 
 
-_READERS: dict[str, Callable[[Path], Iterator[Mapping[str, Any]]]] = {
+_READERS: dict[str, Callable[[Path], Iterator[Mapping[str, Any] | None]]] = {
     ".jsonl": _read_jsonl, ".parquet": _read_parquet, ".csv": _read_csv,
     ".tsv": partial(_read_csv, sep="\t", quoting=csv.QUOTE_NONE)}  # where a quotation mark is text
 _PACKINGS = ("", ".xz", ".gz", ".zst")
@@ -311,7 +311,7 @@ def local_rows(folder: str | Path,
                         f"{', '.join(_PACKINGS[1:])}")
     reader = next(reader for kind, reader in _READERS.items() if file.name.startswith(stem + kind))
     try:
-        rows = [Row(fields, f"{file}, row {number}") for number, fields in enumerate(reader(file), start=1)]
+        rows = [Row(fields, f"{file}, row {number}") for number, fields in enumerate(reader(file), start=1) if fields is not None]
     except Exception as error:  # each reader and each decompressor has errors of its own
         reason = " ".join(str(error).split())[:160]
         raise StlmError(f"cannot read {file}: {type(error).__name__}: {reason}; is it complete and what its name says?") from error
