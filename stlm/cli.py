@@ -131,8 +131,10 @@ def _refuse(context: typer.Context, reason: str, *options: str) -> None: # what 
 def _measure(name: str, corpus: str | None, split: str, max_bytes: int, stride: int, device: str) -> None: # bits per byte
     from stlm.evaluate.benchmarks import open_model
     from stlm.evaluate.bits import bits_per_byte
+    if not corpus and not (Path(name) / "config.yaml").exists():
+        raise StlmError(f"{name} is no run's folder, so no text is held out for it; name a text with --corpus, such as file:PATH or pydocs")
+    model, tokenizer, folder = open_model(name, device)  # first, for it may take minutes to prepare a text
     texts, source, label = _text(corpus, max_bytes) if corpus else _held_out(name, split, max_bytes)
-    model, tokenizer, folder = open_model(name, device)
     bits = bits_per_byte(model, tokenizer, texts, stride=stride or None)
     figures = bits.summary()
     interval = "{:.4f} to {:.4f} at 95% over documents, ".format(*figures["interval"]) if figures["interval"] else ""
@@ -158,8 +160,6 @@ def _held_out(name: str, split: str, max_bytes: int) -> tuple[Iterable[str], dic
     from stlm.data.shards import prepare as prepare_data
     from stlm.lab.studies import first_documents
     from stlm.train.records import Run
-    if not (Path(name) / "config.yaml").exists():
-        raise StlmError(f"{name} is no run's folder, so no text is held out for it; name a text with --corpus, such as file:PATH or pydocs")
     data = Run(Path(name)).config.data
     dataset = prepare_data(data)
     source = {"corpus": data.corpus, "data": dataset.fingerprint, "split": split}

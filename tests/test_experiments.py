@@ -15,7 +15,7 @@ from bs4 import BeautifulSoup
 import stlm as stlm_package
 from helpers import own_project, real_text, settings, small_run, stlm
 from stlm.cli import app
-from stlm.config import ConfigError, DataConfig, ModelConfig
+from stlm.config import ConfigError, DataConfig, ModelConfig, preset, to_yaml
 from stlm.data.tokenizers import open_tokenizer, train_bpe
 from stlm.evaluate.bits import bits_per_byte
 from stlm.foundation import StlmError
@@ -392,6 +392,21 @@ def test_the_commands(project, overrides):
     assert stlm("generate", "mine", "The licence", "--max-tokens", 20, cwd=project)[1] == first, "the same seed, the same text"
     code, output, errors = stlm("runs", ".", cwd=project)
     assert code == 0 and "mine" in output and "finished" in output, errors
+
+
+def test_a_run_that_was_stopped_is_named_as_such_before_anything_is_prepared(tmp_path):
+    run = tmp_path / "a run"
+    run.mkdir()
+    (run / "config.yaml").write_text(to_yaml(preset("demo-bpe", {"data.corpus": f"file:{tmp_path}/nowhere.txt"})))
+    for command in (["evaluate"], ["evaluate", "--corpus", "file:nowhere.txt"], ["evaluate", "--tasks", "piqa"], ["generate"],
+                    ["parity", "--data-dir", "nowhere"]):
+        with pytest.raises(StlmError, match="has not finished") as error:
+            app([*command, str(run)], standalone_mode=False)
+        assert str(error.value).endswith(f"go on with: stlm train --config '{run}/config.yaml' --folder '{run}'")
+    pytest.importorskip("lm_eval", reason="lm-eval is not installed")
+    from stlm.evaluate.harness import HarnessModel
+    with pytest.raises(StlmError, match="has not finished"):
+        HarnessModel(run)
 
 
 def test_the_command_starts_without_what_it_may_not_need():

@@ -13,6 +13,7 @@ import hashlib
 import json
 import math
 import re
+import shlex
 import shutil
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -32,6 +33,7 @@ from ..hardware import pick_device, pick_precision
 from ..infer.scoring import SCORER, score
 from ..model.lm import LanguageModel
 from ..pretrained import from_pretrained
+from ..train.records import Run
 
 # %% ../../nbs/62_evaluate.benchmarks.ipynb #bb838496
 def unpacked(value: Any # a cell
@@ -578,14 +580,17 @@ def _judged(task: Task, items: list[Item], raw: pd.DataFrame) -> pd.DataFrame:
 def open_model(name: str | Path,    # a run's folder, the folder of a saved model, or hf:NAME
                device: str = "auto" # auto, cpu, cuda, cuda:N, or mps
                ) -> tuple[Any, Any, Path]: # model, tokenizer, and the folder for what is measured of it
-    "Load a model by its name. Raises `StlmError` where there is none."
+    "Load a model by its name. Raises `StlmError` where there is none, or none yet."
     if str(name).startswith("hf:"):
         from stlm.evaluate.reference import load_reference
         known = str(name).removeprefix("hf:")
         model, tokenizer = load_reference(known)
         return model.to(pick_device(device)), tokenizer, cache_folder() / "evaluations" / known.strip("/").replace("/", "--")
-    folder = Path(name)
-    return *from_pretrained(folder / "model" if (folder / "model").is_dir() else folder, device), folder
+    folder, own = Path(name), Path(name) / "model"
+    if not own.is_dir() and Run(folder).status in ("running", "stopped"):
+        again = shlex.join(["stlm", "train", "--config", str(folder / "config.yaml"), "--folder", str(folder)])
+        raise StlmError(f"{folder} is a run that has not finished, so there is no model in it yet; go on with: {again}")
+    return *from_pretrained(own if own.is_dir() else folder, device), folder
 
 
 def _percent(share: float | None) -> str:
