@@ -7,6 +7,7 @@ __all__ = ['app', 'PresetOption', 'SetOption', 'ModelArgument', 'NotebookArgumen
            'evaluate', 'generate', 'lm_eval', 'parity', 'info', 'runs', 'study', 'report', 'main']
 
 # %% ../nbs/90_cli.ipynb #3b53f267
+import json
 import os
 import re
 import shlex
@@ -92,6 +93,7 @@ def _is_first() -> bool: # of the processes that train one model; `torchrun` num
     return os.environ.get("RANK", "0") == "0"
 
 # %% ../nbs/90_cli.ipynb #6e972b60
+_MAX_BYTES = 1_000_000 # of documents are scored where nothing else is asked for
 _BENCHMARKS = ("Benchmarks instead of bits per byte, separated by commas; all = blimp, hellaswag, arc_easy, winogrande, mmlu. There are "
                "blimp, blimp_in_text, hellaswag, arc_easy, winogrande, mmlu, mmlu_5shot, mmlu_cloze, winogrande_sentence, piqa, lambada.")
 
@@ -107,7 +109,7 @@ def evaluate(context: typer.Context,
              corpus: Annotated[Optional[str], typer.Option(help="Text to score instead of the run's own: file:PATH, a name on the hub or "  # noqa: UP045
                                                                 "pydocs, as in data.corpus.")] = None,
              split: Annotated[str, typer.Option(help="Of the run's own text: validation or test.")] = "validation",
-             max_bytes: Annotated[int, typer.Option(min=0, help="Stop after this many raw bytes of documents; 0 = all.")] = 1_000_000,
+             max_bytes: Annotated[int, typer.Option(min=0, help="Stop after this many raw bytes of documents; 0 = all.")] = _MAX_BYTES,
              stride: Annotated[int, typer.Option(help="Symbols between windows; 0 = windows do not overlap.")] = 0,
              precision: Annotated[str, typer.Option(help="For benchmarks: fp32 as lm-evaluation-harness, bf16 (faster), auto.")] = "fp32",
              device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:N or mps.")] = "auto") -> None:
@@ -143,9 +145,16 @@ def _measure(name: str, corpus: str | None, split: str, max_bytes: int, stride: 
     print(f"{bits.bits_per_byte:.4f} bits per byte ({interval}{bits.bits_per_byte_without_end:.4f} without the ends of documents) "
           f"on {bits.n_bytes:,} bytes in {bits.n_documents:,} documents of {source['corpus']}{part}{stopped}; "
           f"window {bits.window}, stride {bits.stride}")
-    output = folder / f"bits_{label}.json"
-    write_json(output, figures | source)
+    changed = {"max-bytes": None if max_bytes == _MAX_BYTES else max_bytes, "stride": stride or None}
+    output = folder / f"bits_{label}{''.join(f'_{option}-{value}' for option, value in changed.items() if value is not None)}.json"
+    write_json(output, figures | source | _origin(name, {"corpus": corpus, "split": None if split == "validation" else split} | changed))
     print(f"wrote {output}")
+
+
+def _origin(name: str, changed: dict[str, Any]) -> dict[str, Any]: # of figures; an option that was left at its default is None
+    from stlm.hardware import describe
+    words = [word for option, value in changed.items() if value is not None for word in (f"--{option}", str(value))]
+    return {"model": name, "command": shlex.join(["stlm", "evaluate", name, *words]), "environment": describe()}
 
 
 def _text(name: str, max_bytes: int) -> tuple[Iterable[str], dict[str, Any], str]: # documents, what they are, and a word for a file's name
@@ -168,26 +177,32 @@ def _held_out(name: str, split: str, max_bytes: int) -> tuple[Iterable[str], dic
 
 def _ask(name: str, names: str, limit: int, data_dir: Path | None, precision: Any, device: str) -> None: # benchmarks
     from stlm.evaluate.benchmarks import evaluate as ask, find_tasks, open_model, results_table
-    from stlm.hardware import describe
     tasks = find_tasks(names)
     model, tokenizer, folder = open_model(name, device)
-    results = [ask(model, tokenizer, task, data_dir, limit, folder / "evaluations", precision) for task in tasks]
-    print(results_table([result.summary() for result in results]).to_string(index=False))
+    changed = {"tasks": names, "limit": limit or None, "data-dir": data_dir, "precision": None if precision == "fp32" else precision}
+    origin, summaries, wrote = _origin(name, changed), [], list[str]()
+    for task in tasks:  # each is written when it is done: who is interrupted keeps what was found
+        result = ask(model, tokenizer, task, data_dir, limit, folder / "evaluations", precision)
+        summaries.append(result.summary())
+        wrote += _write_result(result, origin)
+    print(results_table(summaries).to_string(index=False))
     print("in percent; ± one standard error of acc; truth_logprob: mean nats of the right answer; cut: longer than the model's context")
-    given = {"--tasks": names, "--limit": limit, "--data-dir": data_dir, "--precision": precision if precision != "fp32" else ""}
-    command = shlex.join(["stlm", "evaluate", name, *(word for option, value in given.items() if value for word in (option, str(value)))])
-    for result in results:
-        _write_result(result, folder / "evaluations", {"model": name, "command": command, "environment": describe()})
+    print("\n".join(wrote))
 
 
-def _write_result(result: Any, folder: Path, about: dict[str, Any]) -> None: # beside the table of its questions
-    figures = result.summary()
-    path = folder / figures["file"]
-    write_json(path.with_suffix(".json"), figures | about)
-    print(f"wrote {path.with_suffix('.json')}, and every question beside it as .parquet")
+def _write_result(result: Any, origin: dict[str, Any]) -> list[str]: # beside the table of its questions; says what it wrote
+    path = result.path.with_suffix(".json")
+    write_json(path, result.summary() | (origin if result.is_new else _kept(path, origin)))
+    wrote = [f"wrote {path}, and every question beside it as .parquet"]
     if result.task.groups:
         write_text(path.with_suffix(".csv"), result.by(result.task.groups[0]).to_csv())
-        print(f"wrote {path.with_suffix('.csv')}, the figures of every {result.task.groups[0]}")
+        wrote.append(f"wrote {path.with_suffix('.csv')}, the figures of every {result.task.groups[0]}")
+    return wrote
+
+
+def _kept(path: Path, origin: dict[str, Any]) -> dict[str, Any]: # the origin of a table that was found, maybe from another machine
+    before = json.loads(path.read_text("utf-8")) if path.exists() else {}
+    return origin | {"environment": None} | {name: before[name] for name in origin if name in before}
 
 
 @app.command()

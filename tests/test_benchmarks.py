@@ -359,6 +359,26 @@ def test_a_call_leaves_the_results_of_others(small: Path, subject: tuple, tmp_pa
     assert sorted((each["task"], each["n_items"]) for each in found) == [("arc_easy", 12), ("winogrande", 2), ("winogrande", 12)]
 
 
+def test_a_result_keeps_the_machine_that_scored_it(small: Path, subject: tuple, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    save_pretrained(tmp_path / "model", *subject)
+
+    def written(machine: str, *options: str) -> dict:
+        monkeypatch.setattr("stlm.hardware.describe", lambda: {"cpu": machine})
+        app(["evaluate", str(tmp_path / "model"), "--data-dir", str(small), "--tasks", *options], standalone_mode=False)
+        (path,) = (tmp_path / "model" / "evaluations").glob("arc_easy*.json")
+        return json.loads(path.read_text())
+
+    first = written("cluster", "arc_easy")
+    assert first["environment"] == {"cpu": "cluster"} and first == written("laptop", "arc_easy,winogrande")
+    (found,) = (tmp_path / "model" / "evaluations").glob("winogrande*.json")
+    assert json.loads(found.read_text())["environment"] == {"cpu": "laptop"}
+    (table,) = (tmp_path / "model" / "evaluations").glob("arc_easy*.parquet")
+    table.with_suffix(".json").unlink()
+    assert written("laptop", "arc_easy")["environment"] is None, "nobody knows"
+    table.unlink()
+    assert written("laptop", "arc_easy")["environment"] == {"cpu": "laptop"}
+
+
 @pytest.mark.parametrize("given, said", [
     (["--limit", "0"], "--limit is for benchmarks"), (["--data-dir", "."], "--data-dir is for benchmarks"),
     (["--precision", "fp32"], "--precision is for benchmarks"), (["--tasks", "blimp", "--split", "test"], "--split is not for benchmarks"),

@@ -385,7 +385,7 @@ def test_the_commands(project, overrides):
     code, output, errors = stlm("train", *given, "--folder", "mine", cwd=project)
     assert code == 0 and Run(project / "mine").metrics["steps"] == 21, "a finished run is shown again"
     code, output, errors = stlm("evaluate", "mine", "--max-bytes", 2000, cwd=project)
-    assert code == 0 and "bits per byte" in output and (project / "mine" / "bits_validation.json").exists(), errors
+    assert code == 0 and "bits per byte" in output and (project / "mine" / "bits_validation_max-bytes-2000.json").exists(), errors
     assert overrides["data.corpus"] in output
     code, first, errors = stlm("generate", "mine", "The licence", "--max-tokens", 20, cwd=project)
     assert code == 0 and first.startswith("The licence"), errors
@@ -432,6 +432,11 @@ def test_a_text_is_scored_as_it_is(tmp_path, capsys):
         assert found["bits_per_byte"] == bits.bits_per_byte and found["n_bytes"] == sum(len(text.encode()) for text in texts)
     app(["evaluate", str(tmp_path / "mine"), "--corpus", f"file:{tmp_path}/whole of it.txt", "--max-bytes", "1"], standalone_mode=False)
     assert "in 1 documents" in (output := capsys.readouterr().out) and "where --max-bytes 1 stopped" in output
+    app(["evaluate", str(tmp_path / "mine"), "--corpus", f"file:{tmp_path}/whole of it.txt"], standalone_mode=False)
+    kept = {path.stem.partition("_")[2].partition("_")[2]: json.loads(path.read_text()) for path in (tmp_path / "mine").glob("bits_whole*")}
+    assert {name: (each["n_documents"], each["stride"]) for name, each in kept.items()} == {
+        "": (3, 16), "stride-8": (3, 8), "max-bytes-1": (1, 16)}, "a quick figure does not take the place of the full one"
+    assert kept["stride-8"]["command"].endswith("it.txt' --stride 8") and kept[""]["environment"]["torch"] == torch.__version__
     for folder in ("mine", "hf:nobody/nothing"):
         with pytest.raises(StlmError, match=r"name a text with --corpus"):
             app(["evaluate", folder if ":" in folder else str(tmp_path / folder)], standalone_mode=False)

@@ -432,6 +432,7 @@ class Result:
     task: Task
     items: list[Item]    # the questions
     table: pd.DataFrame  # one row a question, in the same order
+    is_new: bool         # it was scored now; False = the table was found on disk
     limit: int           # as it was asked for; 0 = all
     data: str            # fingerprint of the questions
     precision: str       # of the matrix products: float32 or bfloat16
@@ -563,13 +564,14 @@ def evaluate(model: LanguageModel,
     name = fingerprint([model_fingerprint(model, tokenizer), SCORER, task.name, task.version, limit, data, *rounded])
     path = Path(folder) / f"{task.name}-{name}.parquet" if folder else None
     table = _read(path) if path else None
+    is_new = table is None
     if table is None:
         parts = path.with_name(f".{path.stem}") if path else None
         table = _judged(task, items, _scored(model, tokenizer, items, parts, task.name, dtype, show_progress))
         if path and parts:
             _write(path, table)
             shutil.rmtree(parts, ignore_errors=True)
-    return Result(task, items, table, limit, data, str(dtype).removeprefix("torch."), path)
+    return Result(task, items, table, is_new, limit, data, str(dtype).removeprefix("torch."), path)
 
 
 def _judged(task: Task, items: list[Item], raw: pd.DataFrame) -> pd.DataFrame:
