@@ -23,6 +23,7 @@ from stlm.cli import app
 from stlm.config import ModelConfig, PatchConfig
 from stlm.data.tokenizers import ByteTokenizer, MarkedTokenizer, Tokenizer, train_bpe
 from stlm.foundation import StlmError
+from stlm.infer.generate import generate
 from stlm.model.lm import LanguageModel
 from stlm.pretrained import save_pretrained
 
@@ -104,6 +105,13 @@ def test_benchmarks_are_scored_as_lm_eval_scores_them(pair: tuple[LanguageModel,
     normed = table.loc[["hellaswag", "arc_easy"]]
     assert normed["acc_norm"].tolist() == normed["acc_norm lm-eval"].tolist()
     assert (table["second"] == ("HFLM" if pair[1].name == "bpe:400" else "PlainModel")).all()
+
+
+def test_every_model_may_write_as_much_text(pair: tuple[LanguageModel, Tokenizer]) -> None:
+    model, tokenizer = pair
+    (text,) = HarnessModel(pair).generate_until([SimpleNamespace(args=("The", {"until": [], "max_gen_toks": 10}))], disable_tqdm=True)
+    free = generate(model, tokenizer, "The", max_tokens=80, temperature=0)
+    assert free.startswith(text) and (text == free or 40 <= len(text.encode()) < 40 + tokenizer.token_bytes.max())
 
 
 @pytest.mark.parametrize("bos", [None, "<s>"])

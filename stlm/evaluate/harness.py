@@ -47,6 +47,7 @@ def _until(text: str, stops: Sequence[str]) -> str:
     return min((text.partition(stop)[0] for stop in stops if stop), key=len, default=text)
 
 
+_SYMBOL_BYTES = 4 # of text for each symbol that lm-eval allows: one of GPT-2's in English, whatever the model's own are
 _SETTINGS = {"do_sample", "until", "max_gen_toks", "temperature", "top_k", "top_p"}
 
 
@@ -104,10 +105,10 @@ class HarnessModel(LM):
             warnings.warn(f"lm-eval's {', '.join(unknown)} means nothing here and is left out", stacklevel=2)
         sampling = {name: settings[name] for name in ("top_k", "top_p") if settings.get(name) is not None}
         temperature = settings.get("temperature", 1.0) if settings["do_sample"] else 0.0
-        text = ""
-        for piece in stream(self.model, self.tokenizer, prompt, settings["max_gen_toks"], temperature, seed=seed, **sampling):
+        text, room = "", _SYMBOL_BYTES * settings["max_gen_toks"]
+        for piece in stream(self.model, self.tokenizer, prompt, 2 * room, temperature, seed=seed, **sampling):  # each byte may have a mark
             text += piece
-            if (written := _until(text, settings["until"])) != text:
+            if (written := _until(text, settings["until"])) != text or len(text.encode("utf-8")) >= room:
                 return written
         return text
 
