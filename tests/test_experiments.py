@@ -197,18 +197,36 @@ def test_the_race(project, overrides):
     assert all(each["steps"] == max(1, int(2 / each["seconds_per_step"])) for each in pace)
 
 
-def test_throughput(project, overrides):
-    fractions = {field: value for field, value in overrides.items() if field in ("data.valid_fraction", "data.test_fraction")}
-    code, _, errors = stlm("report", "throughput", *given({"corpus": overrides["data.corpus"], "rounds": 2, "batch_size": 2, "context": 64,
-                                                           "write_bytes": 40, "layers": 1, "overrides": json.dumps(fractions)}),
-                           cwd=project)
-    assert code == 0, errors[-2000:]
-    results = pd.read_csv(project / "reports" / "throughput" / "results.csv").set_index("arm")
-    families, code = ["flat bytes", "pooled bytes", "BPE"], ["stlm", "stlm, compiled", "Hugging Face Llama"]
+@pytest.fixture
+def measured(project, overrides):
+    "The page on throughput, of very small models in single precision: its results and its text."
+    def run(start=""):
+        fractions = {field: value for field, value in overrides.items() if field in ("data.valid_fraction", "data.test_fraction")}
+        small = {"corpus": overrides["data.corpus"], "rounds": 1, "batch_size": 2, "context": 64, "write_bytes": 40, "layers": 1,
+                 "overrides": json.dumps(fractions | {"train.precision": "fp32"})}
+        code, _, errors = stlm("report", "throughput", *given(small), cwd=project, start=start)
+        assert code == 0, errors[-2000:]
+        folder = project / "reports" / "throughput"
+        text = BeautifulSoup((folder / "index.html").read_text(), "html.parser").get_text()
+        return pd.read_csv(folder / "results.csv").set_index("arm"), text
+    return run
+
+
+def test_throughput(measured):
+    results, page = measured()
+    families = ["flat bytes", "pooled bytes", "BPE"]
     assert (results.loc[families, ["training_bytes_per_second", "writing_bytes_per_second"]] > 0).all(axis=None)
+    code = [name + kind for name in ("stlm", "Hugging Face Llama") for kind in ("", ", compiled")]
     assert (results.loc[code, ["training_symbols_per_second", "mfu"]] > 0).all(axis=None)
+    assert "in float32, an eager step runs" in page and "an eager one of Hugging Face's Llama; a compiled step" in page
     sizes = results.loc[["flat bytes", "pooled bytes"], "unique_parameters"]
     assert sizes.max() < 1.03 * sizes.min()
+
+
+def test_throughput_without_a_compiler(measured, tmp_path):
+    results, page = measured(f"import os; os.environ |= {{'CXX': '/nowhere/g++', 'TORCHINDUCTOR_CACHE_DIR': '{tmp_path}'}}")
+    assert "stlm" in results.index and not results.index.str.contains("compiled").any()
+    assert "stlm, compiled is left out, because torch.compile fails" in page and "a compiled step" not in page
 
 
 def small_benchmarks(folder):
