@@ -383,12 +383,14 @@ def test_scoring(project, overrides, tmp_path):
     small_benchmarks(tmp_path)
     small = {"model.n_layers": 1, "model.d_model": 16, "model.n_heads": 2, "model.n_kv_heads": 1, "model.d_ff": 32,
              "data.tokenizer": "bpe:300", "data.valid_fraction": 0.2, "data.test_fraction": 0.2}
-    parameters = {"data_dir": tmp_path, "tasks": "blimp,mmlu", "share": 0.7, "batches": "[2]", "corpus": overrides["data.corpus"],
-                  "overrides": json.dumps(small)}
+    parameters = {"data_dir": tmp_path, "tasks": "blimp,mmlu", "share": 0.7, "rounds": 2, "batches": "[2]",
+                  "corpus": overrides["data.corpus"], "overrides": json.dumps(small)}
     code, _, errors = stlm("report", "scoring", *given(parameters), cwd=project)
     assert code == 0, errors[-2000:]
     results = pd.read_csv(project / "reports" / "scoring" / "results.csv").set_index(["task", "way"])
-    assert set(results["questions"]) == {4} and (results["seconds"] > 0).all()
+    assert set(results["questions"]) == {4} and (results["seconds_lowest"] > 0).all()
+    assert np.allclose(results["seconds"], (results["seconds_lowest"] + results["seconds_highest"]) / 2), "the median of two rounds"
+    assert (results["seconds_lowest"] < results["seconds_highest"]).all()
     harness = results.xs("lm-eval, batches of 2", level="way")
     assert list(harness.index) == ["blimp", "mmlu"]
     assert harness["largest_difference"].between(0, 1e-4).all() and (harness["same_answer"] == 1).all()
