@@ -34,7 +34,7 @@ from ..foundation import (StlmError, bits_of, cache_folder, cores, did_you_mean,
                           write_json, write_text)
 from ..hardware import describe
 from .reports import publish
-from .statistics import Difference, difference_over_documents, difference_over_seeds, in_words, together
+from .statistics import Difference, difference_over_documents, difference_over_seeds, together
 from ..pretrained import from_pretrained
 from ..train.loop import Trainer
 from ..train.records import Run, read_log, require_same
@@ -229,17 +229,6 @@ class Study:
             found[f"{len(first)} seeds"] = difference_over_seeds(bits_before, bits_after, confidence)
         return found
 
-    def compare(self,
-                baseline: str,           # an arm
-                arm: str,                # another
-                max_bytes: int = 200_000 # raw bytes of held-out documents
-                ) -> str:                # one or two sentences
-        "Say how two arms differ in bits per byte: over documents (mean of the seeds), and over seeds where there are several."
-        found = self._differ(*self._common(baseline, arm), max_bytes)
-        if not found:
-            return f"{arm} and {baseline} cannot be compared: no seed of both has finished."
-        return " ".join(in_words(arm, baseline, difference, over) for over, difference in found.items())
-
     def verdict(self,
                 baseline: str,           # an arm
                 max_bytes: int = 200_000 # raw bytes of held-out documents
@@ -258,7 +247,8 @@ class Study:
         parts = [f"{kind}: {', '.join(said[arm] for arm, (_, d) in last.items() if arm not in lone and fits(d)) or 'none'}"
                  for kind, fits in kinds.items()]
         parts += [f"one seed only, so nothing is claimed: {', '.join(said[arm] for arm in lone)}"] * bool(lone)
-        return f"Bits per byte compared with {baseline}, {kind_of_interval} over {over}: {'; '.join(parts)}."
+        units = over if most > 1 else "documents, of one training each"
+        return f"Bits per byte compared with {baseline}, {kind_of_interval} over {units}: {'; '.join(parts)}."
 
     def _common(self, baseline: str, arm: str) -> tuple[list[StudyRun], list[StudyRun]]:
         "The finished runs of two arms for the seeds that both have."
