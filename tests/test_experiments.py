@@ -305,6 +305,8 @@ def test_the_report_card(project, overrides, tmp_path):
     shutil.copytree(tmp_path / "first", tmp_path / "third")
     config = tmp_path / "third" / "config.yaml"
     config.write_text(config.read_text().replace(overrides["data.corpus"], f"file:{tmp_path / 'grammar.txt'}"))
+    metrics = tmp_path / "third" / "metrics.json"
+    metrics.write_text(json.dumps(json.loads(metrics.read_text()) | {"train_seconds": 600}))
     small_benchmarks(tmp_path)
     exams = tmp_path / "mmlu_test.jsonl"
     exams.write_text("".join(exams.read_text().splitlines(keepends=True)[:3]))  # of a single subject
@@ -322,6 +324,11 @@ def test_the_report_card(project, overrides, tmp_path):
     page = (project / "reports" / "evaluate" / "index.html").read_text()
     assert "chance" in page and "The first 30 questions" in page
     assert "<td>17</td>" in page, "the steps of the one that is a run"
+
+    verdict = json.loads((project / "runs" / "evaluate" / "conclusion.json").read_text())["verdict"]
+    for name, sentence in zip(results.index, verdict.split(" million parameters): ")[1:], strict=True):
+        assert ("below the published" in sentence) == (results.loc[name, "blimp_acc"] < 0.78)
+    assert " They were trained for different times: small " in verdict and verdict.endswith("; third 10.0 minutes.")
 
     table, other = (asked_before(tmp_path / name, "arc_easy") for name in ("first", "second"))
     shares, truth = shares_by_length(table, texts), table["truth"]
