@@ -168,8 +168,10 @@ def _text(name: str, max_bytes: int) -> tuple[Iterable[str], dict[str, Any], str
 def _held_out(name: str, split: str, max_bytes: int) -> tuple[Iterable[str], dict[str, Any], str]: # the same of a run's own text
     from stlm.data.shards import prepare as prepare_data
     from stlm.lab.studies import first_documents
-    from stlm.train.records import Run
-    data = Run(Path(name)).config.data
+    from stlm.train.records import Run, require_same
+    run = Run(Path(name))
+    data = run.config.data
+    require_same(run, run.config)  # what another text would hold out was not held out of its training
     dataset = prepare_data(data)
     source = {"corpus": data.corpus, "data": dataset.fingerprint, "split": split}
     return first_documents(dataset, split, max_bytes or sys.maxsize), source, split

@@ -78,6 +78,8 @@ def test_a_run_on_a_text_that_was_replaced_is_no_longer_compared(inside, overrid
     assert list(table["status"]) == ["failed", "finished"] and "holds another text" in table.loc["early", "error"]
     assert study.verdict("early", 3000).startswith("Nothing can be said") and list(study.logs()) == ["late"]
     assert "early, seed 0 failed: the data of" in capfd.readouterr().err
+    code, _, errors = stlm("evaluate", next(planned.run.folder for planned in study.runs if planned.arm == "early"), cwd=inside)
+    assert code == 2 and "holds another text" in errors
     shutil.rmtree(study.of("late")[0].run.folder)
     text.write_text(whole)
     study.train()
