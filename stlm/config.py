@@ -536,8 +536,8 @@ PRESETS: dict[str, dict[str, dict[str, Any]]] = {
                     "train": _DEMO_TRAIN},
 }
 
-# Together they beat the plain baseline of 10 million parameters at the same time on the clock by 0.225 bits per byte; Muon alone by 0.170, while
-# ReLU² and the linear cooldown made no difference there (reports/recipe_10m). At 2 million, in seconds, only fast embeddings and residual scalars
+# Together they beat the plain baseline of 10 million parameters at the same time on the clock by 0.225 bits per byte; Muon alone by 0.170,
+# while ReLU² and the linear cooldown made no difference there (reports/recipe_10m). At 2 million only fast embeddings and residual scalars
 # won by themselves, and all of them together not for certain (reports/recipe). The others are kept for what is known of larger models.
 MODERN: dict[str, Any] = {
     "model.ffn": "relu2", "model.qk_norm": True, "model.zero_init": True, "model.residual_scalars": True,
