@@ -1067,6 +1067,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '', 'doc_host': '', 'git_url
                                       'stlm.model.attention.Tree.recent': ('model.attention.html#tree.recent', 'stlm/model/attention.py'),
                                       'stlm.model.attention.Tree.to': ('model.attention.html#tree.to', 'stlm/model/attention.py'),
                                       'stlm.model.attention._in_parts': ('model.attention.html#_in_parts', 'stlm/model/attention.py'),
+                                      'stlm.model.attention._is_open': ('model.attention.html#_is_open', 'stlm/model/attention.py'),
                                       'stlm.model.attention._sees': ('model.attention.html#_sees', 'stlm/model/attention.py'),
                                       'stlm.model.attention.causal_mask': ('model.attention.html#causal_mask', 'stlm/model/attention.py'),
                                       'stlm.model.attention.reads_groups': ('model.attention.html#reads_groups', 'stlm/model/attention.py'),

@@ -387,6 +387,18 @@ def test_edges(name: str, longest: int) -> None:
     check_steps(model, rows, [3, 1, 16])
 
 
+@pytest.mark.parametrize("name", [family.name for family in POOLED[::47]])
+def test_another_number_of_patches_compiles_nothing_anew(name: str) -> None:
+    """Only the text says how many patches there are, and so how long the rows are that the stack reads."""
+    model, tokenizer = FAMILIES[name].build(), open_tokenizer(FAMILIES[name].tokenizer)
+    texts = [torch.tensor([symbols_of(tokenizer, " ".join("abcdefghijklm"[:size] for _ in range(T)))[:T]]) for size in (3, 4, 5, 2, 6)]
+    torch.compiler.reset()
+    objective = torch.compile(model.objective, backend="eager")
+    for number, text in enumerate(texts):
+        with torch._dynamo.config.patch(error_on_recompile=number > 1):  # the second text shows that the number varies
+            torch.testing.assert_close(objective(text, text), model.objective(text, text))
+
+
 @torch.no_grad()
 @pytest.mark.parametrize("name", [family.name for family in POOLED[::23]])
 def test_bfloat16_stays_causal(name: str) -> None:

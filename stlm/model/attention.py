@@ -133,6 +133,14 @@ def reads_groups(q: Tensor,          # queries
 _QUERIES = 64  # few enough to leave out nearly all of what lies ahead, enough to keep a kernel busy
 
 
+def _is_open(length: int) -> bool:
+    "Whether the compiler leaves a length open, as that of a row of patches, which it can put into a graph, but not count to."
+    if not torch.compiler.is_compiling():
+        return False
+    from torch.fx.experimental.symbolic_shapes import has_static_value  # here, since it takes long where nothing is compiled
+    return not has_static_value(length)
+
+
 def _in_parts(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, options: dict) -> Tensor: # (B, n_heads, T, d_head)
     "A few queries at a time with the keys up to theirs: a mask does not tell the kernel that half of the scores lie ahead."
     length, start = q.shape[2], k.shape[2] - q.shape[2]
@@ -182,7 +190,7 @@ class Attention(nn.Module):
         if not reads_groups(q, mask):
             k, v = (part.repeat_interleave(self.n_heads // self.n_kv_heads, dim=1) for part in (k, v))
         options = dict(enable_gqa=k.shape[1] < self.n_heads)
-        if mask is None or q.device.type != "cpu":
+        if mask is None or q.device.type != "cpu" or _is_open(q.shape[2]):
             return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal, **options)
         return _in_parts(q, k, v, mask, options)
 

@@ -10,6 +10,7 @@ __all__ = ['SKIPS_IN_A_ROW', 'SEGMENTER_BYTES', 'PACE_STEPS', 'PACE_SHARE', 'Pla
 
 # %% ../../nbs/44_train.loop.ipynb #8109eb2a
 import itertools
+import logging
 import math
 import os
 import signal
@@ -320,6 +321,8 @@ class Trainer:
         return wanted == "on" or (wanted == "auto" and self.device.type == "cuda")
 
     def _compiled(self) -> Objective:
+        if self.compiles:  # twenty lines would warn that a graph ends where patches are counted, as it must
+            logging.getLogger("torch._dynamo.variables.tensor").setLevel(logging.ERROR)
         objective = torch.compile(self.model.objective) if self.compiles else self.model.objective
         return partial(objective, z_loss=self.config.train.z_loss) if self.config.train.z_loss else objective
 
