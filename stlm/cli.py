@@ -137,7 +137,7 @@ def _measure(name: str, corpus: str | None, split: str, max_bytes: int, stride: 
         raise StlmError(f"{name} is no run's folder, so no text is held out for it; name a text with --corpus, such as file:PATH or pydocs")
     model, tokenizer, folder = open_model(name, device)  # first, for it may take minutes to prepare a text
     texts, source, label = _text(corpus, max_bytes) if corpus else _held_out(name, split, max_bytes)
-    bits = bits_per_byte(model, tokenizer, texts, stride=stride or None)
+    bits = bits_per_byte(model, tokenizer, texts, stride=stride or None, show_progress=True)
     figures = bits.summary()
     interval = "{:.4f} to {:.4f} at 95% over documents, ".format(*figures["interval"]) if figures["interval"] else ""
     part = f" ({source['split']})" if source["split"] else ""
@@ -148,7 +148,8 @@ def _measure(name: str, corpus: str | None, split: str, max_bytes: int, stride: 
     changed = {"max-bytes": None if max_bytes == _MAX_BYTES else max_bytes, "stride": stride or None}
     output = folder / f"bits_{label}{''.join(f'_{option}-{value}' for option, value in changed.items() if value is not None)}.json"
     write_json(output, figures | source | _origin(name, {"corpus": corpus, "split": None if split == "validation" else split} | changed))
-    print(f"wrote {output}")
+    write_text(output.with_suffix(".csv"), bits.per_document.to_csv(index=False))
+    print(f"wrote {output}, and every document beside it as .csv")
 
 
 def _origin(name: str, changed: dict[str, Any]) -> dict[str, Any]: # of figures; an option that was left at its default is None
@@ -178,8 +179,10 @@ def _held_out(name: str, split: str, max_bytes: int) -> tuple[Iterable[str], dic
 
 
 def _ask(name: str, names: str, limit: int, data_dir: Path | None, precision: Any, device: str) -> None: # benchmarks
-    from stlm.evaluate.benchmarks import evaluate as ask, find_tasks, open_model, results_table
+    from stlm.evaluate.benchmarks import evaluate as ask, find_tasks, load_items, open_model, results_table
     tasks = find_tasks(names)
+    for task in tasks:
+        load_items(task, data_dir, limit)  # what is missing is said before the first is asked
     model, tokenizer, folder = open_model(name, device)
     changed = {"tasks": names, "limit": limit or None, "data-dir": data_dir, "precision": None if precision == "fp32" else precision}
     origin, summaries, wrote = _origin(name, changed), [], list[str]()
@@ -244,11 +247,15 @@ def parity(name: Annotated[str, typer.Argument(metavar="MODEL", help="A run's fo
            device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:N or mps.")] = "cpu") -> None:
     "Score benchmarks here and with lm-evaluation-harness, by two ways through the model, and show the differences."
     from stlm.evaluate.benchmarks import find_tasks, open_model
-    from stlm.evaluate.harness import parity as compare
+    from stlm.evaluate.harness import parity as compare, unequal
     model, tokenizer, _ = open_model(name, device)
+    wrong: list[str] = []
     for task in find_tasks(tasks):  # all questions take an hour: who is interrupted keeps what was found
         table = compare(model, tokenizer, data_dir, [task.name], limit, show_progress=True)
         print(table.to_string(index=False), flush=True)
+        wrong += unequal(table)
+    if wrong:
+        raise StlmError(f"{', '.join(wrong)}: log-probabilities differ by more than 1e-4 of their size, or accuracies differ")
 
 # %% ../nbs/90_cli.ipynb #fd2511cd
 @app.command()

@@ -303,6 +303,17 @@ def test_a_file_without_separators_is_cut(monkeypatch):
     assert "\n".join(found) + "\n" == "".join(lines) and max(map(len, found)) < 1020 and len(found) == 5
 
 
+def test_articles_of_wikitext_stay_whole(folder):
+    article = " = Apple = \n \n An apple is a <unk> . \n \n = = In the kitchen = = \n \n x = 2 . \n \n"
+    (folder / "wiki.txt").write_text("\n" + article + article.replace("Apple", "Pear"))
+    corpus = open_corpus(f"file:{folder}/wiki.txt")
+    assert [text.split()[1] for text in corpus.documents() if text.strip()] == ["Apple", "Pear"]
+    assert "".join(corpus.documents()).replace("\n", "") == (article + article.replace("Apple", "Pear")).replace("\n", "")
+    assert corpus.info["document"] == {"an article of WikiText, from its title on": 1}
+    (folder / "notes.txt").write_text("Notes\n\n = Apple = \n\nred\n")
+    assert list(open_corpus(f"file:{folder}/notes.txt").documents()) == ["Notes", " = Apple = ", "red"]
+
+
 def test_splits_stay_when_the_corpus_grows(folder):
     config = DataConfig(corpus=f"file:{folder}/a.txt", valid_fraction=0.2, test_fraction=0.2)
     many = [f"document number {i}" for i in range(500)]

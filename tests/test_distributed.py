@@ -1,5 +1,6 @@
 """Several processes train the same model as one: the same curve, one folder, and nothing lost when one of them dies."""
 
+import itertools
 import os
 import signal
 import socket
@@ -14,12 +15,14 @@ import torch
 from safetensors.torch import load_file
 
 from helpers import command, errors_in_forks, real_text, settings, start_forks, stlm, tiny_run, train_in_fork
-from stlm.config import preset
+from stlm.config import TrainConfig, preset
 from stlm.foundation import StlmError, file_sha256
 from stlm.train import distributed, loop
 from stlm.train.checkpoints import checkpoints
+from stlm.train.distributed import connected, share_of
 from stlm.train.loop import Watcher, train_in_processes
 from stlm.train.records import Run, locked, read_log
+from stlm.train.schedules import batch_starts
 from test_training_faults import POOLED, SHARED
 
 
@@ -209,7 +212,8 @@ def start_host(place, overrides, folder, *options) -> subprocess.Popen:
     "What one of several hosts runs."
     agent = [sys.executable, "-m", "torch.distributed.run", *options, "--nproc-per-node", "1", "--rdzv-backend", "c10d",
              "--rdzv-endpoint", place, "--rdzv-id", "pair", "-m", "stlm", "train", *settings(overrides), "--folder", str(folder)]
-    return subprocess.Popen(agent, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    environment = os.environ | {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
+    return subprocess.Popen(agent, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment)
 
 
 def test_two_hosts(overrides, alone, tmp_path):
@@ -241,6 +245,57 @@ def test_one_host_goes_on_when_the_other_is_lost(overrides, tmp_path):
     assert "another process of this run ended early" in outputs[stays.pid], outputs
     assert {host.pid: host.returncode for host in hosts} == {stays.pid: 0, lost.pid: -signal.SIGKILL}, outputs
     assert run.status == "finished" and read_log(run.folder / "log.jsonl")[0] == before[0], "it went on, and did not begin anew"
+
+
+def test_a_lost_host_comes_back(overrides, tmp_path):
+    """Each host counts its restarts for itself, and one that comes back has counted none."""
+    place, log = free_place(), tmp_path / "run" / "log.jsonl"
+    options = ["--nnodes", "1:2", "--max-restarts", "3", "--rdzv-conf", "keep_alive_interval=1,last_call_timeout=10"]
+    endless = overrides | {"train.steps": 10 ** 6}
+    hosts = [start_host(place, endless, log.parent, *options) for _ in range(2)]
+
+    def wait_until(true, what):
+        end = time.monotonic() + 150
+        while not true():
+            assert time.monotonic() < end, what
+            time.sleep(0.01)
+
+    def wait_for_more(what):
+        before = len(read_log(log))
+        wait_until(lambda: len(read_log(log)) >= before + 3, what)
+
+    def kill(host):
+        for process in [psutil.Process(host.pid), *psutil.Process(host.pid).children(recursive=True)]:
+            process.kill()
+        host.communicate()
+
+    try:
+        wait_for_more("both do not begin")
+        kill(hosts.pop(listens(psutil.Process(hosts[0].pid), place)))
+        wait_for_more("one alone does not go on")
+        hosts.append(start_host(place, endless, log.parent, *options))
+        wait_until(psutil.Process(hosts[-1].pid).children, "the other one does not come back")  # by then the first has ended its process
+        wait_for_more("both do not go on")
+    finally:
+        for host in hosts:
+            kill(host)
+
+
+def test_hosts_that_could_not_come_back_are_told(monkeypatch):
+    elastic = {"GROUP_WORLD_SIZE": 2, "TORCHELASTIC_MAX_RESTARTS": 3, "TORCHELASTIC_USE_AGENT_STORE": True}
+    for name, value in {"WORLD_SIZE": 2, "RANK": 0, **elastic}.items():
+        monkeypatch.setenv(name, str(value))
+    with pytest.raises(StlmError, match=r"^2 hosts with restarts .*: set TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1"), connected():
+        pass
+
+
+def test_parts_of_a_batch_that_grows_have_one_size():
+    """Another size would be compiled anew in the middle of a run."""
+    whole = TrainConfig(steps=12, batch_size=24, accumulation=6, batch_schedule="up")
+    own = share_of(whole, 4)
+    windows = [later - earlier for earlier, later in itertools.pairwise(batch_starts(12, whole))]
+    assert min(windows) == 4 and max(windows) == 24
+    assert {count // 4 % (own.batch_size // own.accumulation) for count in windows} == {0}
 
 
 def test_from_a_notebook(overrides, alone, tmp_path, capfd):

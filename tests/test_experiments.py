@@ -16,6 +16,7 @@ import stlm as stlm_package
 from helpers import own_project, real_text, settings, small_run, stlm
 from stlm.cli import app
 from stlm.config import ConfigError, DataConfig, ModelConfig, preset, to_yaml
+from stlm.data.corpora import open_corpus
 from stlm.data.tokenizers import open_tokenizer, train_bpe
 from stlm.evaluate.bits import bits_per_byte
 from stlm.foundation import StlmError
@@ -307,6 +308,9 @@ def test_the_report_card(project, overrides, tmp_path):
     shutil.copytree(tmp_path / "first", tmp_path / "third")
     config = tmp_path / "third" / "config.yaml"
     config.write_text(config.read_text().replace(overrides["data.corpus"], f"file:{tmp_path / 'grammar.txt'}"))
+    environment = tmp_path / "third" / "environment.json"
+    environment.write_text(environment.read_text().replace(open_corpus(overrides["data.corpus"]).fingerprint,
+                                                           open_corpus(f"file:{tmp_path / 'grammar.txt'}").fingerprint))
     metrics = tmp_path / "third" / "metrics.json"
     metrics.write_text(json.dumps(json.loads(metrics.read_text()) | {"train_seconds": 600}))
     small_benchmarks(tmp_path)

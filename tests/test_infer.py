@@ -1,4 +1,6 @@
 "Scoring, generation and bits per byte agree with one another and with the full forward pass, for every kind of positions and tokenizer."
+import math
+import tracemalloc
 import typing
 from collections.abc import Iterator
 from dataclasses import replace
@@ -9,7 +11,9 @@ import torch
 
 from stlm.config import DataConfig, ModelConfig, PatchConfig, Positions
 from stlm.data.tokenizers import Tokenizer, open_tokenizer
-from stlm.evaluate.bits import bits_per_byte
+from stlm.evaluate.bits import bits_per_byte, ratio_interval
+from stlm.evaluate.progression import make_items, progression
+from stlm.foundation import StlmError
 from stlm.infer.generate import Sampling, generate, steps, stream
 from stlm.infer.scoring import score, token_logprobs
 from stlm.model.lm import LanguageModel
@@ -140,6 +144,26 @@ def test_bits_per_byte_counts_every_byte_and_every_symbol_once(model: LanguageMo
     assert bits.per_document["n_bytes"].tolist() == [len(text.encode()) for text in TEXTS]
     assert bits.per_document["n_tokens"].tolist() == [len(tokenizer.encode(text)) + 1 for text in TEXTS]
     assert bits_per_byte(model, tokenizer, TEXTS[::-1], window, stride, max_tokens_in_batch=1).nats == pytest.approx(bits.nats, rel=1e-4)
+
+
+def test_costs_that_are_no_numbers_are_refused(model: LanguageModel, tokenizer: Tokenizer) -> None:
+    broken = LanguageModel(model.config)
+    with torch.no_grad():
+        next(broken.parameters()).fill_(math.nan)
+    with pytest.raises(StlmError, match=r"documents 0 to .* not finite; the model's weights are damaged"):
+        bits_per_byte(broken, tokenizer, TEXTS)
+    with pytest.raises(StlmError, match="not finite; the model's weights are damaged"):
+        progression(broken, tokenizer, make_items(["some words that follow one another and say little " * 5], 2, 4, 4))
+
+
+def test_an_interval_over_many_documents_takes_no_more_memory_than_one_over_few() -> None:
+    draw = np.random.default_rng(0)
+    sizes = draw.integers(100, 10_000, 20_000)
+    tracemalloc.start()
+    low, high = ratio_interval(sizes * draw.normal(2, 0.5, len(sizes)), sizes)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < 150e6 and 1.98 < low < 2 < high < 2.02
 
 
 def test_no_symbol_sees_itself_or_what_follows(model: LanguageModel, tokenizer: Tokenizer) -> None:

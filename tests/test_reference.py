@@ -10,6 +10,7 @@ import pytest
 import tokenizers
 import torch
 
+from stlm.data.tokenizers import byte_alphabet
 from stlm.evaluate.benchmarks import model_fingerprint
 from stlm.evaluate.bits import bits_by_position, bits_by_window, bits_per_byte
 from stlm.evaluate.reference import load_reference
@@ -23,13 +24,13 @@ TEXT = ("The quick brown fox jumps over the lazy dog, and then it sleeps. Questi
         "naïve café 🙂 清单 and tabs\tand numbers 1234567890. ") * 4
 
 
-def save_tokenizer(folder: Path, bos: str | None) -> None:
+def save_tokenizer(folder: Path, bos: str | None, missing: str = "") -> None: # characters that stand for bytes
     "A byte-level vocabulary; with a beginning-of-text symbol, every text opens with it, as Llama's do."
     learned = tokenizers.Tokenizer(tokenizers.models.BPE())
     learned.pre_tokenizer, learned.decoder = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False), tokenizers.decoders.ByteLevel()
     special = ["<|endoftext|>", *([bos] if bos else [])]
-    trainer = tokenizers.trainers.BpeTrainer(vocab_size=330, initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet(),
-                                             special_tokens=special, show_progress=False)
+    alphabet = [letter for letter in tokenizers.pre_tokenizers.ByteLevel.alphabet() if letter not in missing]
+    trainer = tokenizers.trainers.BpeTrainer(vocab_size=330, initial_alphabet=alphabet, special_tokens=special, show_progress=False)
     learned.train_from_iterator([TEXT], trainer)
     if bos:
         learned.post_processor = tokenizers.processors.TemplateProcessing(single=f"{bos} $A", special_tokens=[(bos, 1)])
@@ -120,6 +121,13 @@ def test_a_document_ends_with_the_models_own_end_of_text(folder: Path) -> None:
     assert bits.end_nats == pytest.approx(-float(behind[tokenizer.inner.eos_token_id]), rel=1e-4)
     assert by_position["nats"].sum() == pytest.approx(bits.nats) and by_position["n_bytes"].sum() == len(text)
     assert bits_by_window(model, tokenizer, [text])["sliding"].end_nats == pytest.approx(bits.end_nats, rel=1e-4)
+
+
+def test_a_vocabulary_may_lack_bytes_that_no_text_has(tmp_path: Path) -> None:
+    tiny("Llama").save_pretrained(tmp_path)
+    save_tokenizer(tmp_path, None, "".join(letter for letter, byte in byte_alphabet().items() if byte in {0xC0, 0xC1, *range(0xF5, 0x100)}))
+    model, tokenizer = load_reference(tmp_path)
+    assert bits_per_byte(model, tokenizer, [TEXT]).n_bytes == len(TEXT.encode())
 
 
 def test_a_fingerprint_names_the_whole_configuration(tmp_path: Path) -> None:

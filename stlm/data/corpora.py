@@ -271,8 +271,22 @@ def _lines(file: Path) -> Iterator[str]:
 LONGEST_DOCUMENT = 2 ** 23  # characters of a text file, then it is cut: War and Peace has 3.2 million
 
 
-def _has_separator(file: Path) -> bool:
-    return any(line.strip() == _SEPARATOR for line in _lines(file))
+_TITLE = re.compile(r" = [^=]+ = ?")  # of an article; its parts have more signs of equality
+
+
+def _layout(file: Path) -> str: # how documents follow each other in a text file; "" = it is a table
+    if _format(file) != ".txt":
+        return ""
+    title = False
+    for number, line in enumerate(filter(str.strip, _lines(file))):
+        if line.strip() == _SEPARATOR:
+            return "separators"
+        title = title or (number == 0 and _is_title(line))
+    return "articles" if title else "blocks"
+
+
+def _is_title(line: str) -> bool:
+    return bool(_TITLE.fullmatch(line.rstrip("\n")))
 
 
 def cut_lines(lines: Iterable[str],         # each with its line break
@@ -292,8 +306,11 @@ def cut_lines(lines: Iterable[str],         # each with its line break
     yield "".join(document).removesuffix("\n")
 
 
-def _read_text(file: Path, separated: bool) -> Iterator[str]:
-    return cut_lines(_lines(file), lambda line: line.strip() == (_SEPARATOR if separated else ""))
+def _read_text(file: Path, layout: str) -> Iterator[str]:
+    lines, end = _lines(file), "" if layout == "blocks" else _SEPARATOR
+    if layout == "articles":
+        lines = (part for line in lines for part in ([_SEPARATOR, line] if _is_title(line) else [line]))
+    return cut_lines(lines, lambda line: line.strip() == end)
 
 # %% ../../nbs/10_data.corpora.ipynb #464c0137
 def choose_column(columns: list[str], # columns that hold text
@@ -346,11 +363,11 @@ def _read_table(kind: str, file: Path, column: str, **options: Any) -> Iterator[
         yield from itertools.chain.from_iterable(_read_column(dataset.with_format("arrow"), column, str(file)))
 
 # %% ../../nbs/10_data.corpora.ipynb #7d31d946
-def _read_file(file: Path, column: str, separated: bool) -> Iterator[str]:
+def _read_file(file: Path, column: str, layout: str) -> Iterator[str]:
     "Documents of one file."
     match _format(file):
         case ".txt":
-            yield from _read_text(file, separated)
+            yield from _read_text(file, layout)
         case ".jsonl":
             yield from _read_jsonl(file, column)
         case ".parquet":
@@ -359,41 +376,40 @@ def _read_file(file: Path, column: str, separated: bool) -> Iterator[str]:
             yield from _read_table("csv", file, column, keep_default_na=False)  # the word "null" is text
 
 
-def _read_files(files: list[tuple[Path, bool]], column: str) -> Iterator[str]:
-    for file, separated in files:
+def _read_files(files: list[tuple[Path, str]], column: str) -> Iterator[str]:
+    for file, layout in files:
         with _reading(str(file)):
-            yield from _read_file(file, column, separated)
+            yield from _read_file(file, column, layout)
 
 # %% ../../nbs/10_data.corpora.ipynb #9324af3d
-def _file_facts(file: Path) -> dict[str, Any]:
-    "SHA-256 of a file, and whether it holds `<|endoftext|>` lines."
+_DOCUMENTS = {"": "a row", "separators": f"text between {_SEPARATOR} lines", "articles": "an article of WikiText, from its title on",
+              "blocks": "a block between blank lines"}
+
+
+def _file_facts(file: Path) -> dict[str, str]:
+    "SHA-256 of a file, and its layout."
     state = file.stat()
     remembered = cache_folder() / "files" / f"{fingerprint([str(file), state.st_size, state.st_mtime_ns])}.json"
     try:
         facts = json.loads(remembered.read_text(encoding="utf-8"))
-        return {"sha256": str(facts["sha256"]), "separated": bool(facts["separated"])}
+        return {"sha256": str(facts["sha256"]), "layout": {name: name for name in _DOCUMENTS}[facts["layout"]]}
     except (OSError, ValueError, KeyError, TypeError):
         with _reading(str(file)):
-            facts = {"sha256": file_sha256(file), "separated": _format(file) == ".txt" and _has_separator(file)}
+            facts = {"sha256": file_sha256(file), "layout": _layout(file)}
         write_json(remembered, facts)
         return facts
-
-
-def _document_kind(file: Path, separated: bool) -> str:
-    if _format(file) != ".txt":
-        return "a row"
-    return f"text between {_SEPARATOR} lines" if separated else "a block between blank lines"
 
 
 def _open_files(name: str) -> Corpus:
     path, _, column = name.removeprefix("file:").rpartition("#") if _names_column(name) else (name.removeprefix("file:"), "", "")
     files = find_files(path)
     facts = [_file_facts(file) for file in files]
-    separated = [fact["separated"] for fact in facts]
-    content = [[_format(file), fact["sha256"], fact["separated"]] for file, fact in zip(files, facts, strict=True)]
+    layouts = [fact["layout"] for fact in facts]
+    content = [[_format(file), fact["sha256"], fact["layout"] if fact["layout"] == "articles" else fact["layout"] == "separators"]
+               for file, fact in zip(files, facts, strict=True)]
     info = {"source": [str(file) for file in files], "licence": "that of the files",
-            "document": dict(Counter(map(_document_kind, files, separated)))}
-    reader = partial(_read_files, list(zip(files, separated, strict=True)), column)
+            "document": dict(Counter(_DOCUMENTS[layout] for layout in layouts))}
+    reader = partial(_read_files, list(zip(files, layouts, strict=True)), column)
     return Corpus(name, fingerprint({"corpus": "file", "column": column, "files": content}), info, reader)
 
 

@@ -502,8 +502,10 @@ def _lock(folder: Path, wait: bool = True) -> Iterator[bool]:
             fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
         except BlockingIOError:
             yield False
-        else:
-            yield True
+            return
+        except OSError as error:  # some network file systems have no locks
+            raise StlmError(f"cannot lock {file.name}: {error.strerror}; set STLM_CACHE to a folder on a file system with locks") from error
+        yield True
 
 
 def _remove_litter(folder: Path) -> None:

@@ -27,7 +27,9 @@ def _drawn(kinds: np.ndarray,  # (K, 2) total and size
            seed: int
            ) -> np.ndarray:    # (R,) the ratio of each draw
     units = int(counts.sum())
-    sums = np.random.default_rng(seed).multinomial(units, counts / units, resamples) @ kinds  # (R, 2); equal units are drawn together
+    random, at_once = np.random.default_rng(seed), max(1, 2**22 // len(kinds))  # so that many documents take no more memory than few
+    sums = np.concatenate([random.multinomial(units, counts / units, min(at_once, resamples - done)) @ kinds  # (…, 2); equal units as one
+                           for done in range(0, resamples, at_once)])
     totals, sizes = sums[sums[:, 1] > 0].T  # a draw of empty documents only has no ratio
     return totals / sizes
 
@@ -149,6 +151,9 @@ def bits_per_byte(model: Predictor,
         for group in _groups(texts):
             encoded = _encode(tokenizer, group, len(rows))
             costs = _costs(model, [symbols for _, symbols in encoded], window, stride, max_tokens_in_batch)
+            if not all(np.isfinite(cost).all() for cost in costs):
+                raise StlmError(f"the cost of a symbol in documents {len(rows)} to {len(rows) + len(group) - 1} is not finite; "
+                                "the model's weights are damaged")
             rows += [(number, n_bytes, len(cost), cost.sum(dtype=np.float64), float(cost[-1]))
                      for number, ((n_bytes, _), cost) in enumerate(zip(encoded, costs, strict=True), start=len(rows))]
             bar.update(sum(n_bytes for n_bytes, _ in encoded))

@@ -333,12 +333,24 @@ def _ours(result: Result) -> pd.DataFrame: # the same columns in the same order
 
 def _compared(result: Result, theirs: pd.DataFrame, accuracies: dict[str, float]) -> dict[str, Any]:
     ours, figures = _ours(result), result.summary()
+    if (counts := ours["group"].value_counts()).to_dict() != (asked := theirs["group"].value_counts()).to_dict():
+        kinds = [kind or "all" for kind in sorted(counts.index.union(asked.index)) if counts.get(kind) != asked.get(kind)]
+        raise StlmError(f"{result.task.name}: lm-eval does not ask as many questions of {', '.join(kinds)[:100]}; "
+                        "give it files with the names and groups of the hub")
     a, b = (np.array([nats for row in table["nats"] for nats in row]) for table in (ours, theirs))
     same = sum(mine == other for mine, other in zip(ours["pairs"], theirs["pairs"], strict=True))
     shown = {f"{metric}{whose}": value for metric in result.task.metrics
              for whose, value in (("", figures[metric]), (" lm-eval", accuracies[metric]))}
     return {"questions": len(ours), "other strings": len(ours) - same, "largest difference": float(np.abs(a / b - 1).max()),
             "ties": sum(len(set(row)) < len(row) for row in ours["nats"])} | shown
+
+
+def unequal(table: pd.DataFrame # from `parity`
+            ) -> list[str]:     # names of tasks
+    "Where a log-probability differs by more than 1e-4, or an accuracy differs though no two choices are as probable."
+    metrics = [name.removesuffix(" lm-eval") for name in table.columns if name.endswith(" lm-eval")]
+    return [row["task"] for _, row in table.iterrows() if not row["largest difference"] <= 1e-4 or (
+        not row["ties"] and any(abs(row[metric] - row[f"{metric} lm-eval"]) > 1e-9 for metric in metrics))]
 
 
 def parity(model: LanguageModel,                      # or a `ReferenceModel`
@@ -354,8 +366,10 @@ def parity(model: LanguageModel,                      # or a `ReferenceModel`
         rows: list[dict[str, Any]] = []
         for name in tasks:
             known = name.removesuffix("_5shot")
-            if known not in present or name not in TASKS:
-                raise StlmError(f"tasks={name} cannot be compared on the files in {data_dir}; {did_you_mean(name, present)}")
+            if known not in LOCAL_TASKS or name not in TASKS:
+                raise StlmError(f"tasks={name} cannot be compared with lm-eval; {did_you_mean(name, LOCAL_TASKS)}")
+            for file in () if known in present else LOCAL_TASKS[known].files.values():
+                local_rows(data_dir, file)  # says which is missing
             result = evaluate(model, tokenizer, TASKS[name], data_dir, limit, show_progress=show_progress)
             if (longest := max(max(counts) for counts in result.table["n_tokens"])) > model.config.context:
                 raise StlmError(f"an answer of {name} has {longest} symbols and the model reads {model.config.context}: lm-eval refuses it")

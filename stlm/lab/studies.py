@@ -33,6 +33,7 @@ from ..evaluate.bits import bits_per_byte
 from ..foundation import (StlmError, bits_of, cache_folder, cores, did_you_mean, fingerprint, progress, project_folder,
                           write_json, write_text)
 from ..hardware import describe
+from ..infer.scoring import SCORER
 from .reports import publish
 from .statistics import Difference, difference_over_documents, difference_over_seeds, together
 from ..pretrained import from_pretrained
@@ -328,7 +329,7 @@ def score_run(run: Run,                 # finished
               ) -> pd.DataFrame:        # one row a document: n_bytes, nats
     "What a run's model needs for the first documents of a split; kept in the run's folder. Raises `StlmError` where the text has changed."
     require_same(run, run.config)
-    path = run.folder / f"scores_{split}_{max_bytes}_{run.environment['data']}.csv"
+    path = run.folder / f"scores_{split}_{max_bytes}_{run.environment['data']}_{SCORER}.csv"
     if not path.exists():
         model, tokenizer = from_pretrained(run.model_folder)
         dataset = prepare(run.config.data, show_progress=False)

@@ -380,9 +380,8 @@ class PooledStack(nn.Module):
         return (pooled if self.up is None else self.up(pooled)).to(self.null.dtype)  # the stack's sums stay in float32 under autocast
 
     def _answers(self, states: Tensor, cuts: Cuts) -> Tensor: # (B, S + 1, width)
-        null, n = self.null.expand(states.shape[0], -1, -1), int(cuts.ends.sum(1).max())
-        if not n:
-            return self.unpooling.prepare(null)
+        null = self.null.expand(states.shape[0], -1, -1)
+        n = int(cuts.ends.sum(1).max().clamp(min=1))  # where no patch ends the stack runs too: its gradients, all zero, must not be missing
         latents = self.core(self._patches(states, cuts.ends, n))  # (B, S, d_model)
         if cuts.gate is not None:
             latents = smooth(latents, cuts.gate.gather(1, spans(cuts.ends, n)[1]), null[:, 0])

@@ -98,7 +98,10 @@ def _save_tensors(tensors: dict[str, Tensor], path: Path) -> None:
 
 def _prune(folder: Path, keep: int) -> None:
     for old in set(checkpoints(folder)[:-keep]) - {best_checkpoint(folder)}:
-        _remove(old)
+        try:
+            _remove(old)
+        except OSError as error:  # the new one is written: one too many is no reason to end a run
+            warnings.warn(f"cannot remove {old}, which is no longer needed: {error.strerror}", stacklevel=2)
 
 
 def _remove(checkpoint: Path) -> None:
@@ -190,7 +193,8 @@ def _restore(checkpoint: Path, model: nn.Module, optimizer: torch.optim.Optimize
     _fill(checkpoint, "model", dict(model.named_parameters()))
     if extra:
         _fill(checkpoint, "extra", extra)
-    _restore_optimizer(optimizer, load_file(checkpoint / "optimizer.safetensors"), state.pop("optimizer"))
+    moments = {name: tensor.clone() for name, tensor in load_file(checkpoint / "optimizer.safetensors").items()}  # or the file stays in use
+    _restore_optimizer(optimizer, moments, state.pop("optimizer"))
     return state
 
 

@@ -38,6 +38,8 @@ def share_of(config: TrainConfig, # of the run
         raise StlmError(f"train.batch_schedule={config.batch_schedule} changes the batch by {part} windows (train.batch_size / "
                         f"train.accumulation), which cannot be shared by {processes} processes; take a multiple of that")
     windows = config.batch_size // processes
+    if config.batch_schedule != "constant":  # equal parts, however many a step has: another size would be compiled anew
+        return replace(config, batch_size=windows)
     parts = next(n for n in range(math.ceil(config.accumulation / processes), windows + 1) if windows % n == 0)
     return replace(config, batch_size=windows, accumulation=parts)
 
@@ -169,9 +171,13 @@ def connected() -> Iterator[World]:
 
 
 def _join(rank: int, size: int) -> dist.ProcessGroup: # the patient one; the other takes part in everything else
+    shared = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"  # `torchrun` keeps one store over all restarts
+    hosts, restarts = (int(os.environ.get(name, 0)) for name in ("GROUP_WORLD_SIZE", "TORCHELASTIC_MAX_RESTARTS"))
+    if shared and hosts > 1 and restarts:  # each host counts its own, and a new one does not find the store that the others keep
+        raise StlmError(f"{hosts} hosts with restarts must not keep one store: set TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 on each of them")
     store, _, _ = next(dist.rendezvous("env://", rank, size, timeout=SILENCE))
-    # `torchrun` keeps one store over all restarts: without names of their own, the living would find the addresses of the dead in it
-    store = dist.PrefixStore(f"{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)} restarts, {size} processes", store)
+    if shared:  # without names of their own, the living would find the addresses of the dead in it
+        store = dist.PrefixStore(f"{os.environ['TORCHELASTIC_RESTART_COUNT']} restarts", store)
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
     dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=SILENCE)
     return dist.new_group(timeout=PATIENCE, backend="gloo")

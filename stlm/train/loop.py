@@ -231,7 +231,7 @@ class Watcher:
 
 # %% ../../nbs/44_train.loop.ipynb #41398cae
 class ProgressBar(Watcher):
-    "Steps, time left, loss, bits per byte and speed in one line."
+    "Steps, time left, loss, bits per byte, learning rate, gradient norm and speed in one line."
 
     def started(self, trainer: "Trainer") -> None:
         self.bar = progress(None, "training", trainer.plan.steps, " steps", initial=trainer.progress.step)
@@ -241,7 +241,7 @@ class ProgressBar(Watcher):
 
     def logged(self, line: dict[str, Any]) -> None:
         self.bar.set_postfix_str(f"loss {line['loss']:.3f}, {line['bpb']:.3f} bits/byte, {line['bytes_per_second'] / 1e3:.1f} kB/s, "
-                                 f"MFU {line['mfu']:.0%}", refresh=False)
+                                 f"MFU {line['mfu']:.0%}, lr {line['lr']:.1e}, gradient {line['grad_norm']:.2f}", refresh=False)
 
     def finished(self, metrics: dict[str, Any]) -> None:
         self.bar.close()

@@ -11,7 +11,7 @@ import json
 import shutil
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
 
@@ -138,7 +138,13 @@ def _is_locked(path: Path) -> bool:
             fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
         except BlockingIOError:
             return True
+        except OSError as error:
+            raise _no_locks(path, error) from error
     return False
+
+
+def _no_locks(path: Path, error: OSError) -> StlmError: # as some network file systems have none
+    return StlmError(f"cannot lock {path}: {error.strerror}; use a folder on a file system with locks (Lustre has them with -o flock)")
 
 
 @contextmanager
@@ -160,10 +166,13 @@ def locked(run: Run,           # the folder is created
 
 def _lock(file: IO[str], wait: bool) -> bool: # whether it is this process' own now
     for _ in range(20):  # who asks for the status of a run holds its lock for a moment: only one that is held for longer is another's
-        with suppress(BlockingIOError):
+        try:
             fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
             return True
-        time.sleep(0.01)
+        except BlockingIOError:
+            time.sleep(0.01)
+        except OSError as error:
+            raise _no_locks(Path(file.name), error) from error
     return False
 
 
