@@ -5,7 +5,9 @@ plain forward pass, one request at a time. It builds its own questions, cuts its
 """
 import json
 import lzma
+import math
 import os
+import shutil
 import subprocess
 import sys
 import warnings
@@ -30,7 +32,7 @@ from stlm.pretrained import save_pretrained
 pytest.importorskip("lm_eval", reason="lm-eval is not installed; pip install 'stlm[harness]' brings it")
 
 from stlm.evaluate.benchmarks import open_model
-from stlm.evaluate.harness import LOCAL_TASKS, HarnessModel, parity, second_model, write_tasks
+from stlm.evaluate.harness import LOCAL_TASKS, HarnessModel, parity, second_model, unequal, write_tasks
 
 SHARED = Path(os.environ.get("STLM_SHARED_DATA", "nowhere")) / "benchmarks"
 SAMPLES = {"blimp": ("UID", {"adjunct_island", "npi_present_1"}), "mmlu_test": ("subject", {"anatomy", "college_mathematics"}),
@@ -128,6 +130,29 @@ def test_other_peoples_models_are_compared_too(samples: Path, tmp_path: Path, bo
     table = parity(*pair, samples, ["blimp", "winogrande"])
     assert table["questions"].tolist() == [10, 5] and (table["other strings"] == 0).all() and table["largest difference"].max() < 1e-4
     assert table["acc"].tolist() == table["acc lm-eval"].tolist() and (table["second"] == "HFLM").all()
+
+
+def test_what_cannot_be_compared_is_named(samples: Path, tmp_path: Path) -> None:
+    tokenizer = tokenizer_of("bytes")
+    model = LanguageModel(ModelConfig(vocab_size=tokenizer.vocab_size, **SIZES | FAMILIES["bytes"]))
+    folder = shutil.copytree(samples, tmp_path / "samples")
+    (folder / "arc_easy_train.jsonl").unlink()
+    with pytest.raises(StlmError, match=r"has no file arc_easy_train\.jsonl"):
+        parity(model, tokenizer, folder, ["arc_easy"])
+    with open(folder / "blimp.jsonl", "a+") as file:
+        file.seek(0)
+        file.write(json.dumps(json.loads(file.readline()) | {"UID": "invented"}) + "\n")
+    with pytest.raises(StlmError, match="^blimp: lm-eval does not ask as many questions of invented;"):
+        parity(model, tokenizer, folder, ["blimp"])
+    with pytest.raises(StlmError, match="tasks=piqa cannot be compared with lm-eval"):
+        parity(model, tokenizer, folder, ["piqa"])
+
+
+def test_a_difference_between_the_two_ways_is_noticed() -> None:
+    same = {"largest difference": 1e-6, "ties": 0, "acc": 0.5, "acc lm-eval": 0.5}
+    rows = {"same": {}, "far": {"largest difference": 2e-4}, "unknown": {"largest difference": math.nan}, "other": {"acc": 0.6},
+            "tied": {"acc": 0.6, "ties": 1}, "normed": {"acc_norm": 0.3, "acc_norm lm-eval": 0.4}}
+    assert unequal(pd.DataFrame([{"task": name} | same | row for name, row in rows.items()])) == ["far", "unknown", "other", "normed"]
 
 
 def in_jsonl(path: Path) -> list[dict]:

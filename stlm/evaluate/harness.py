@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['LM', 'TemplateLM', 'LOCAL_TASKS', 'HarnessModel', 'register', 'run_command', 'LocalTasks', 'write_tasks',
-           'not_in_llama', 'as_llama', 'as_fast_tokenizer', 'PlainModel', 'second_model', 'parity']
+           'not_in_llama', 'as_llama', 'as_fast_tokenizer', 'PlainModel', 'second_model', 'unequal', 'parity']
 
 # %% ../../nbs/64_evaluate.harness.ipynb #800e08b6
 import json
