@@ -142,7 +142,7 @@ def test_what_cannot_be_compared_is_named(samples: Path, tmp_path: Path) -> None
     with open(folder / "blimp.jsonl", "a+") as file:
         file.seek(0)
         file.write(json.dumps(json.loads(file.readline()) | {"UID": "invented"}) + "\n")
-    with pytest.raises(StlmError, match="^blimp: lm-eval does not ask as many questions of invented;"):
+    with pytest.raises(StlmError, match=r"^blimp: lm-eval does not ask as many questions of invented;"):
         parity(model, tokenizer, folder, ["blimp"])
     with pytest.raises(StlmError, match="tasks=piqa cannot be compared with lm-eval"):
         parity(model, tokenizer, folder, ["piqa"])
