@@ -14,6 +14,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '', 'doc_host': '', 'git_url
                           'stlm.cli._row': ('cli.html#_row', 'stlm/cli.py'),
                           'stlm.cli._run_study': ('cli.html#_run_study', 'stlm/cli.py'),
                           'stlm.cli._text': ('cli.html#_text', 'stlm/cli.py'),
+                          'stlm.cli._value': ('cli.html#_value', 'stlm/cli.py'),
                           'stlm.cli._watchers': ('cli.html#_watchers', 'stlm/cli.py'),
                           'stlm.cli._write_result': ('cli.html#_write_result', 'stlm/cli.py'),
                           'stlm.cli.evaluate': ('cli.html#evaluate', 'stlm/cli.py'),

@@ -318,17 +318,23 @@ ParameterOption = Annotated[Optional[list[str]], typer.Option("--parameter", "-P
 
 
 def _run_study(name: str, settings: list[str] | None, parameters: list[str] | None) -> Path:
-    import yaml
-
     from stlm.lab.studies import find_notebook, run_notebook
     notebook = find_notebook(name)
     output = project_folder() / "runs" / notebook.stem / "notebook.ipynb"
-    values = {key: yaml.safe_load(value) for key, value in parse_overrides(parameters or []).items()}
+    values = {key: _value(text) for key, text in parse_overrides(parameters or []).items()}
     if settings:
         values["overrides"] = parse_overrides(settings)
     run_notebook(notebook, output, values)
     print(f"wrote {output}")
     return output
+
+
+def _value(text: str) -> Any: # of a parameter, in YAML; what is none is plain text
+    import yaml
+    try:
+        return yaml.safe_load(text)
+    except yaml.YAMLError:
+        return text
 
 
 @app.command()

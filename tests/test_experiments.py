@@ -319,7 +319,7 @@ def test_the_report_card(project, overrides, tmp_path):
     texts = school_questions(tmp_path)
     parameters = {"models": json.dumps([f"small: {tmp_path / 'first'}", str(tmp_path / "second"), str(tmp_path / "third")]),
                   "tasks": "blimp,mmlu,arc_easy", "limit": 30, "data_dir": tmp_path, "corpora": json.dumps([real_text(tmp_path)]),
-                  "score_bytes": 3000, "prompts": '["The"]', "overlap_words": 3}
+                  "score_bytes": 3000, "prompts": '["The"]', "overlap_words": 3, "remark": "How they were trained: by hand."}
     code, _, errors = stlm("report", "evaluate", *given(parameters), cwd=project)
     assert code == 0, errors[-2000:]
     results = pd.read_csv(project / "reports" / "evaluate" / "results.csv").set_index("arm")
@@ -328,7 +328,7 @@ def test_the_report_card(project, overrides, tmp_path):
     assert results["blimp_acc"].between(0, 1).all() and results["bits_per_byte_licence.txt"].between(1, 40).all()
     assert (results["bits_per_byte_licence.txt_sliding"] != results["bits_per_byte_licence.txt"]).all()
     page = (project / "reports" / "evaluate" / "index.html").read_text()
-    assert "chance" in page and "The first 30 questions" in page
+    assert "chance" in page and "The first 30 questions" in page and "How they were trained: by hand." in page
     assert "<td>17</td>" in page, "the steps of the one that is a run"
 
     verdict = json.loads((project / "runs" / "evaluate" / "conclusion.json").read_text())["verdict"]
