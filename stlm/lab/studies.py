@@ -453,7 +453,8 @@ def conclude(study: Study,
              ) -> None:
     "Write results.csv and conclusion.json into the study's folder."
     hardware = describe()
-    machine = f"{hardware['cpu']}, {hardware['cores']} cores" + "".join(f", {gpu}" for gpu in hardware["gpus"])
+    how_many = f"{hardware['cores']} core{'s' * (hardware['cores'] > 1)}"
+    machine = ", ".join([hardware["cpu"], how_many, *hardware["gpus"]])
     write_text(study.folder / "results.csv", table.to_csv(index=False))
     named = {"page": page or study.name} | ({"title": title} if title else {})
     write_json(study.folder / "conclusion.json", {"verdict": verdict, "hardware": machine, **named})
