@@ -181,9 +181,9 @@ def _held_out(name: str, split: str, max_bytes: int) -> tuple[Iterable[str], dic
 def _ask(name: str, names: str, limit: int, data_dir: Path | None, precision: Any, device: str) -> None: # benchmarks
     from stlm.evaluate.benchmarks import evaluate as ask, find_tasks, load_items, open_model, results_table
     tasks = find_tasks(names)
+    model, tokenizer, folder = open_model(name, device)
     for task in tasks:
         load_items(task, data_dir, limit)  # what is missing is said before the first is asked
-    model, tokenizer, folder = open_model(name, device)
     changed = {"tasks": names, "limit": limit or None, "data-dir": data_dir, "precision": None if precision == "fp32" else precision}
     origin, summaries, wrote = _origin(name, changed), [], list[str]()
     for task in tasks:  # each is written when it is done: who is interrupted keeps what was found
@@ -332,9 +332,10 @@ def _run_study(name: str, settings: list[str] | None, parameters: list[str] | No
 def _value(text: str) -> Any: # of a parameter, in YAML; what is none is plain text
     import yaml
     try:
-        return yaml.safe_load(text)
+        value = yaml.safe_load(text)
     except yaml.YAMLError:
         return text
+    return text if isinstance(value, dict) and not text.startswith("{") else value  # "so: by hand" is a remark
 
 
 @app.command()

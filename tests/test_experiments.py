@@ -466,7 +466,7 @@ def test_a_text_is_scored_as_it_is(tmp_path, capsys):
     app(["evaluate", str(tmp_path / "mine"), "--corpus", f"file:{tmp_path}/whole of it.txt", "--max-bytes", "1"], standalone_mode=False)
     assert "in 1 documents" in (output := capsys.readouterr().out) and "where --max-bytes 1 stopped" in output
     app(["evaluate", str(tmp_path / "mine"), "--corpus", f"file:{tmp_path}/whole of it.txt"], standalone_mode=False)
-    kept = {path.stem.partition("_")[2].partition("_")[2]: json.loads(path.read_text()) for path in (tmp_path / "mine").glob("bits_whole*")}
+    kept = {path.stem.partition("_")[2].partition("_")[2]: json.loads(path.read_text()) for path in tmp_path.glob("mine/bits_whole*.json")}
     assert {name: (each["n_documents"], each["stride"]) for name, each in kept.items()} == {
         "": (3, 16), "stride-8": (3, 8), "max-bytes-1": (1, 16)}, "a quick figure does not take the place of the full one"
     assert kept["stride-8"]["command"].endswith("it.txt' --stride 8") and kept[""]["environment"]["torch"] == torch.__version__
