@@ -392,7 +392,9 @@ def _file_facts(file: Path) -> dict[str, str]:
     remembered = cache_folder() / "files" / f"{fingerprint([str(file), state.st_size, state.st_mtime_ns])}.json"
     try:
         facts = json.loads(remembered.read_text(encoding="utf-8"))
-        return {"sha256": str(facts["sha256"]), "layout": {name: name for name in _DOCUMENTS}[facts["layout"]]}
+        if facts["layout"] not in _DOCUMENTS:
+            raise KeyError(facts["layout"])
+        return {"sha256": str(facts["sha256"]), "layout": facts["layout"]}
     except (OSError, ValueError, KeyError, TypeError):
         with _reading(str(file)):
             facts = {"sha256": file_sha256(file), "layout": _layout(file)}
@@ -405,8 +407,8 @@ def _open_files(name: str) -> Corpus:
     files = find_files(path)
     facts = [_file_facts(file) for file in files]
     layouts = [fact["layout"] for fact in facts]
-    content = [[_format(file), fact["sha256"], fact["layout"] if fact["layout"] == "articles" else fact["layout"] == "separators"]
-               for file, fact in zip(files, facts, strict=True)]
+    known_as = {"articles": "articles", "separators": True}  # so that what was prepared and trained before is found by its fingerprint
+    content = [[_format(file), fact["sha256"], known_as.get(fact["layout"], False)] for file, fact in zip(files, facts, strict=True)]
     info = {"source": [str(file) for file in files], "licence": "that of the files",
             "document": dict(Counter(_DOCUMENTS[layout] for layout in layouts))}
     reader = partial(_read_files, list(zip(files, layouts, strict=True)), column)
