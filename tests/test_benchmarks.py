@@ -206,7 +206,7 @@ def test_figures_that_are_no_numbers_are_refused(small: Path, subject: tuple, tm
     broken = LanguageModel(subject[0].config)
     with torch.no_grad():
         next(broken.parameters()).fill_(math.nan)
-    with pytest.raises(StlmError, match=f"{name}: .*not finite") as error:
+    with pytest.raises(StlmError, match="not finite") as error:
         evaluate(broken, subject[1], TASKS[name], small, folder=tmp_path, show_progress=False)
     assert "\n" not in str(error.value) and not list(tmp_path.rglob("*.parquet"))
 

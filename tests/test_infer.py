@@ -150,9 +150,9 @@ def test_costs_that_are_no_numbers_are_refused(model: LanguageModel, tokenizer: 
     broken = LanguageModel(model.config)
     with torch.no_grad():
         next(broken.parameters()).fill_(math.nan)
-    with pytest.raises(StlmError, match=r"documents 0 to .* not finite; the model's weights are damaged"):
+    with pytest.raises(StlmError, match="not finite; its weights are damaged"):
         bits_per_byte(broken, tokenizer, TEXTS)
-    with pytest.raises(StlmError, match=r"not finite; the model's weights are damaged"):
+    with pytest.raises(StlmError, match="not finite; its weights are damaged"):
         progression(broken, tokenizer, make_items(["some words that follow one another and say little " * 5], 2, 4, 4))
 
 

@@ -498,14 +498,11 @@ def _portions(items: Sequence[Item]) -> Iterator[list[Item]]:
 def _score_portion(model: LanguageModel,
                    tokenizer: Tokenizer,
                    items: list[Item],
-                   task: str,         # its name
                    dtype: torch.dtype # of the matrix products
                    ) -> pd.DataFrame: # one row an item, a list in each column
     pairs = list(dict.fromkeys(pair for item in items for pair in item.pairs))  # equal pairs get equal scores, so a tie is seen as one
     with torch.autocast(_device(model).type, dtype, enabled=dtype != torch.float32):
         scores = dict(zip(pairs, score(model, tokenizer, pairs), strict=True))
-    if not all(math.isfinite(each.logprob) for each in scores.values()):
-        raise StlmError(f"{task}: the model's log-probabilities are not finite; its weights are damaged or its training went astray")
     columns = ("logprob", "greedy", "n_tokens", "n_bytes", "n_characters")
     scored = [[scores[pair] for pair in item.pairs] for item in items]
     return pd.DataFrame([{column: [getattr(each, column) for each in choices] for column in columns}
@@ -539,7 +536,7 @@ def _scored(model: LanguageModel,
             path = parts / f"{number:05}.parquet" if parts else None
             table = _read(path) if path else None
             if table is None or len(table) != len(portion):
-                table = _score_portion(model, tokenizer, portion, title, dtype)
+                table = _score_portion(model, tokenizer, portion, dtype)
                 if path:
                     _write(path, table)
             tables.append(table)

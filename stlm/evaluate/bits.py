@@ -151,9 +151,6 @@ def bits_per_byte(model: Predictor,
         for group in _groups(texts):
             encoded = _encode(tokenizer, group, len(rows))
             costs = _costs(model, [symbols for _, symbols in encoded], window, stride, max_tokens_in_batch)
-            if not all(np.isfinite(cost).all() for cost in costs):
-                raise StlmError(f"the cost of a symbol in documents {len(rows)} to {len(rows) + len(group) - 1} is not finite; "
-                                "the model's weights are damaged")
             rows += [(number, n_bytes, len(cost), cost.sum(dtype=np.float64), float(cost[-1]))
                      for number, ((n_bytes, _), cost) in enumerate(zip(encoded, costs, strict=True), start=len(rows))]
             bar.update(sum(n_bytes for n_bytes, _ in encoded))

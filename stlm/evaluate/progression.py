@@ -162,10 +162,7 @@ def progression(model: Predictor,
                 ) -> pd.DataFrame:          # one row for each item and corruption: right (1, 0, or 0.5 for a tie), log-probabilities, …
     "Which of two continuations the model prefers, for every item and corruption."
     pairs = [(item.context, text) for item in items for text in (item.true, *item.corrupted.values())]
-    found = score(model, tokenizer, pairs, show_progress=show_progress)
-    if not all(math.isfinite(each.logprob) for each in found):
-        raise StlmError("a continuation has a log-probability that is not finite; the model's weights are damaged")
-    scored = iter(found)
+    scored = iter(score(model, tokenizer, pairs, show_progress=show_progress))
     rows = []
     for item in items:
         true = next(scored)

@@ -226,7 +226,7 @@ def score_symbols(model: Predictor,
                   max_tokens_in_batch: int | None = None,  # symbols in a batch, padding included; None = 2,048 on a CPU, 16,384 elsewhere
                   show_progress: bool = False              # for long work
                   ) -> list[SymbolScores]:                 # in the order of the sequences
-    "Score the symbols from `first` to the end of every sequence. Raises `StlmError` for a sequence that does not fit the model."
+    "Score the symbols from `first` to the end of every sequence. Raises `StlmError` for one that does not fit, and for a damaged model."
     _check_sequences(sequences, first, model.config.context)
     scores = [SymbolScores(np.zeros(0, np.float32), np.zeros(0, bool))] * len(sequences)
     inputs = {number: np.asarray(sequence)[:-1].tolist() for number, sequence in enumerate(sequences) if first[number] < len(sequence)}
@@ -235,6 +235,8 @@ def score_symbols(model: Predictor,
     with evaluating(model), progress(total=total, description="scoring", unit=" symbols", disable=not show_progress) as bar:
         for batch in _batches(rows, max_tokens_in_batch or batch_limit(model)):
             for number, result in _score_rows(model, batch, sequences, first):
+                if not np.isfinite(result.logprobs).all():
+                    raise StlmError("the model's log-probabilities are not finite; its weights are damaged or its training went astray")
                 scores[number] = result
             bar.update(sum(len(row.symbols) for row in batch))
     return scores
