@@ -14,12 +14,14 @@ import shlex
 import shutil
 import signal
 import sys
+import warnings
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated, Any, Optional
 
 import typer
 
+import stlm
 from .config import PRESETS, RunConfig, parse_overrides, preset
 from .foundation import StlmError, project_folder, write_json, write_text
 
@@ -353,8 +355,20 @@ def report(name: NotebookArgument, settings: SetOption = None, parameters: Param
     print(f"wrote {publish_study(_run_study(name, settings, parameters), command)}")
 
 # %% ../nbs/90_cli.ipynb #ca024a6e
+def _short_warnings() -> None:
+    "Warnings of this package are for its users: one line, without the place in the code."
+    usual, package = warnings.formatwarning, Path(stlm.__file__).parent
+
+    def short(message: Warning | str, category: type[Warning], filename: str, lineno: int, line: str | None = None) -> str:
+        ours = category is UserWarning and Path(filename).is_relative_to(package)
+        return f"warning: {message}\n" if ours else usual(message, category, filename, lineno, line)
+
+    warnings.formatwarning = short
+
+
 def main() -> None:
     "The `stlm` command. Ends with status 2 for a mistake, 3 for another's end, and 130 for a run that was stopped and can be resumed."
+    _short_warnings()
     try:
         app()
     except StlmError as error:
@@ -363,6 +377,7 @@ def main() -> None:
         if _is_first() or code != 130:  # all processes stop together, and one says so
             print(f"stlm: {error}", file=sys.stderr)
         sys.exit(code)
-    except KeyboardInterrupt:
-        print("stlm: interrupted", file=sys.stderr)
-        sys.exit(130)
+    except SystemExit as end:
+        if end.code == 130:  # what typer makes of Ctrl-C
+            print("stlm: interrupted", file=sys.stderr)
+        raise

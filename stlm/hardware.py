@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['available_devices', 'pick_device', 'pick_precision', 'synchronize', 'peak_flops', 'peak_memory_bytes',
-           'reset_peak_memory', 'describe']
+           'free_memory_bytes', 'reset_peak_memory', 'describe']
 
 # %% ../nbs/02_hardware.ipynb #2c75628a
 import os
@@ -106,6 +106,19 @@ def peak_memory_bytes(device: torch.device # where the model runs
     except OSError:  # macOS, which counts bytes
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return int(status.partition("VmHWM:")[2].split()[0]) * 1024
+
+
+_CONTAINER = Path("/sys/fs/cgroup")  # what Linux tells of its memory
+
+
+def free_memory_bytes() -> int:
+    "Memory of the machine, or of the container, that can still be had."
+    free = psutil.virtual_memory().available
+    with suppress(OSError, ValueError, KeyError):  # in no container, or in one without a limit
+        limit, used = (int((_CONTAINER / name).read_text()) for name in ("memory.max", "memory.current"))
+        details = dict(line.split() for line in (_CONTAINER / "memory.stat").read_text().splitlines())
+        free = min(free, limit - used + int(details["inactive_file"]))  # what was read from files makes room
+    return free
 
 
 def reset_peak_memory(device: torch.device # where the model runs

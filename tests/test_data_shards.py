@@ -356,12 +356,13 @@ def test_what_was_whole_is_read_again_only_where_it_changed(cache, corpus, monke
     assert litter(cache) == []
 
 
-def test_an_unwritable_cache_is_one_line(tmp_path, monkeypatch, corpus):
+@pytest.mark.parametrize("tokenizer", ["bytes", "bpe:512"])  # a vocabulary is learned, and writes, before anything else does
+def test_an_unwritable_cache_is_one_line(tmp_path, monkeypatch, corpus, tokenizer):
     blocked = tmp_path / "file"
     blocked.write_text("not a folder")
     monkeypatch.setenv("STLM_CACHE", str(blocked))
     with pytest.raises(StlmError, match="cannot write") as caught:
-        prepare(DataConfig(**settings_for(corpus, "bytes")), show_progress=False)
+        prepare(DataConfig(**settings_for(corpus, tokenizer)), show_progress=False)
     assert "\n" not in str(caught.value)
 
 

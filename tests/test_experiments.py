@@ -2,10 +2,13 @@
 
 import json
 import math
+import re
 import shutil
 import subprocess
 import sys
+import warnings
 
+import nbformat
 import numpy as np
 import pandas as pd
 import pytest
@@ -14,7 +17,7 @@ from bs4 import BeautifulSoup
 
 import stlm as stlm_package
 from helpers import own_project, real_text, settings, small_run, stlm
-from stlm.cli import app
+from stlm.cli import app, main
 from stlm.config import ConfigError, DataConfig, ModelConfig, preset, to_yaml
 from stlm.data.corpora import open_corpus
 from stlm.data.tokenizers import open_tokenizer, train_bpe
@@ -153,6 +156,13 @@ def test_wrong_parameters_of_a_notebook_are_refused(inside, tmp_path, parameters
     assert not (inside / "runs" / "train").exists()
 
 
+def test_a_notebook_whose_process_is_killed(inside, tmp_path):
+    cells = [nbformat.v4.new_code_cell("import os, signal\nos.kill(os.getpid(), signal.SIGKILL)")]
+    nbformat.write(nbformat.v4.new_notebook(cells=cells), tmp_path / "greedy.ipynb")
+    with pytest.raises(StlmError, match=r"greedy.ipynb failed: its process was ended, as Linux does it where memory runs out"):
+        run_notebook(tmp_path / "greedy.ipynb", tmp_path / "out.ipynb", {}, live=False)
+
+
 def test_report_in_one_command(project, overrides):
     own = ("data.corpus", "data.tokenizer", "model.context", "train.steps")  # the study's, or its parameters'
     common = {name: value for name, value in overrides.items() if name not in own}
@@ -191,13 +201,19 @@ def test_the_race(project, overrides):
     common |= {"data.tokenizer": "bytes", "model.context": 64, "model.n_layers": 1, "train.compile": "off"}
     arms = ["the recipe", "without n-grams"]
     code, _, errors = stlm("report", "race", *given({"corpus": overrides["data.corpus"], "seconds": 2, "score_bytes": 3000,
-                                                     "only": json.dumps(arms), "overrides": json.dumps(common)}), cwd=project)
+                                                     "only": json.dumps(arms), "overrides": json.dumps(common),
+                                                     "more_seeds": json.dumps({"the recipe": [1, 2]})}), cwd=project)
     assert code == 0, errors[-2000:]
     results = pd.read_csv(project / "reports" / "race" / "results.csv").set_index("arm")
-    assert list(results.index) == arms and results["bits_per_byte"].between(1, 12).all()
+    assert list(results.index) == [*arms, "the recipe", "the recipe"] and list(results["seed"]) == [0, 0, 1, 2]
+    assert results["bits_per_byte"].between(1, 12).all()
     pace = [Run(folder.parent).pace for folder in (project / "runs" / "race").rglob("pace.json")]
     assert sorted(each["steps"] for each in pace) == sorted(results["steps"])
     assert all(each["steps"] == max(1, int(2 / each["seconds_per_step"])) for each in pace)
+    page = BeautifulSoup((project / "reports" / "race" / "index.html").read_text(), "html.parser").get_text()
+    bits = results.loc["the recipe", "bits_per_byte"]
+    assert f"{bits.mean():.3f} bits per byte ({bits.min():.3f} to {bits.max():.3f} with 3 seeds)" in page
+    assert f"over seeds is {bits.std():.4f} (2 degrees of freedom" in page
 
 
 @pytest.fixture
@@ -317,7 +333,7 @@ def test_the_report_card(project, overrides, tmp_path):
     exams = tmp_path / "mmlu_test.jsonl"
     exams.write_text("".join(exams.read_text().splitlines(keepends=True)[:3]))  # of a single subject
     texts = school_questions(tmp_path)
-    parameters = {"models": json.dumps([f"small: {tmp_path / 'first'}", str(tmp_path / "second"), str(tmp_path / "third")]),
+    parameters = {"models": json.dumps([{"small": str(tmp_path / "first")}, str(tmp_path / "second"), str(tmp_path / "third")]),
                   "tasks": "blimp,mmlu,arc_easy", "limit": 30, "data_dir": tmp_path, "corpora": json.dumps([real_text(tmp_path)]),
                   "score_bytes": 3000, "prompts": '["The"]', "overlap_words": 3, "remark": "How they were trained: by hand."}
     code, _, errors = stlm("report", "evaluate", *given(parameters), cwd=project)
@@ -423,6 +439,8 @@ def test_the_commands(project, overrides):
     code, first, errors = stlm("generate", "mine", "The licence", "--max-tokens", 20, cwd=project)
     assert code == 0 and first.startswith("The licence"), errors
     assert stlm("generate", "mine", "The licence", "--max-tokens", 20, cwd=project)[1] == first, "the same seed, the same text"
+    errors = stlm("generate", "mine", "The licence " * 100, "--max-tokens", 1, cwd=project)[2]
+    assert re.fullmatch(r"warning: the prompt has \d+ symbols; the model reads the last \d+ of them\n", errors), "one line, for a user"
     code, output, errors = stlm("runs", ".", cwd=project)
     assert code == 0 and "mine" in output and "finished" in output, errors
 
@@ -473,6 +491,17 @@ def test_a_text_is_scored_as_it_is(tmp_path, capsys):
     for folder in ("mine", "hf:nobody/nothing"):
         with pytest.raises(StlmError, match=r"name a text with --corpus"):
             app(["evaluate", folder if ":" in folder else str(tmp_path / folder)], standalone_mode=False)
+
+
+def test_ctrl_c_is_said_in_one_line(monkeypatch, capsys):
+    def interrupt(*_):
+        raise KeyboardInterrupt
+    monkeypatch.setattr("sys.argv", ["stlm", "info"])
+    monkeypatch.setattr("stlm.cli._config", interrupt)
+    monkeypatch.setattr("warnings.formatwarning", warnings.formatwarning)  # `main` sets another one
+    with pytest.raises(SystemExit) as end:
+        main()
+    assert end.value.code == 130 and capsys.readouterr().err == "stlm: interrupted\n"
 
 
 @pytest.mark.parametrize("arguments, said", [

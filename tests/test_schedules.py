@@ -8,12 +8,12 @@ import pytest
 import torch
 
 from helpers import real_text, small_run
-from stlm.config import ConfigError, ModelConfig, PatchConfig, RunConfig, Shape, SharingConfig, preset
+from stlm.config import ConfigError, ModelConfig, PatchConfig, RunConfig, Shape, SharingConfig, TrainConfig, preset
 from stlm.data.shards import Dataset, prepare
 from stlm.model.lm import LanguageModel
 from stlm.train import loop
 from stlm.train.loop import Trainer, train_step
-from stlm.train.optimizers import FLUSH_EVERY, orthogonalise
+from stlm.train.optimizers import FLUSH_EVERY, make_optimizer, orthogonalise
 from stlm.train.records import Run, begin
 from stlm.train.schedules import batch_parts, share
 
@@ -254,3 +254,16 @@ def test_what_would_do_nothing_or_cannot_be_is_one_clear_line(overrides):
     with pytest.raises(ConfigError, match=list(overrides)[-1].replace(".", r"\.")) as caught:
         preset("demo-bpe", overrides)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("changes", [dict(optimizer="muon"), dict(cautious=True), dict()], ids=str)
+def test_a_loaded_optimizer_lies_where_its_parameters_do(changes):
+    config = TrainConfig(steps=1, **changes)
+    sizes = ModelConfig(vocab_size=50, context=8, n_layers=1, d_model=16, n_heads=2, n_kv_heads=2, d_ff=32)
+    models = {device: LanguageModel(sizes).to(device) for device in ("cpu", "meta")}  # another device, without having one
+    optimizers = {device: make_optimizer(model, config) for device, model in models.items()}
+    models["cpu"].objective(torch.zeros(1, 8, dtype=torch.long), torch.zeros(1, 8, dtype=torch.long))[0].backward()
+    optimizers["cpu"].step()
+    optimizers["meta"].load_state_dict(optimizers["cpu"].state_dict())
+    states = optimizers["meta"].state
+    assert states and all(tensor.device == parameter.device for parameter, state in states.items() for tensor in state.values())

@@ -8,8 +8,10 @@ import shutil
 import signal
 import threading
 import time
+import warnings
 from collections.abc import Callable
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -28,11 +30,11 @@ from stlm.evaluate.bits import bits_per_byte
 from stlm.foundation import StlmError, file_sha256
 from stlm.infer.generate import generate
 from stlm.lab.studies import score_run
-from stlm.model.accounting import account
+from stlm.model.accounting import account, training_memory
 from stlm.pretrained import from_pretrained
 from stlm.train import loop
 from stlm.train.checkpoints import best_checkpoint, checkpoints, load_checkpoint
-from stlm.train.loop import Diverged, Stopped, Trainer, Watcher, train
+from stlm.train.loop import Diverged, Stopped, Trainer, Watcher, train, warn_of_memory
 from stlm.train.records import Run, locked, read_log
 
 
@@ -176,6 +178,19 @@ def test_out_of_memory(overrides, tmp_path, sizes, advice):
     overrides = tiny_run("pydocs") | {"data.max_bytes": 1_000_000, "model.context": 512} | sizes
     error = error_in_fork(train_in_little_memory, overrides, tmp_path / "large")
     assert error.startswith("out of memory") and advice in error and "\n" not in error
+
+
+def test_memory_that_will_not_do(overrides, tmp_path, monkeypatch):
+    config = preset("stlm-10m", {"train.device": "cpu", "train.precision": "fp32"})
+    needed = training_memory(config.model, config.train.batch_size, config.train.accumulation, torch.float32).peak
+    for free, words in ((0.9 * needed, f"needs about {needed / 1e9:.1f} GB"), (1.1 * needed, ""), (100 * needed, "")):
+        monkeypatch.setattr("stlm.train.loop.free_memory_bytes", partial(float, free))
+        with warnings.catch_warnings(record=True) as caught:
+            warn_of_memory(config)
+        assert [words in str(each.message) and "train.accumulation=24 or" in str(each.message) for each in caught] == [True] * bool(words)
+    monkeypatch.setattr("stlm.train.loop.free_memory_bytes", lambda: 1_000_000)
+    with pytest.warns(UserWarning, match="the system may end the run without a word: .* begin a new run with"):
+        assert train(preset("demo-bpe", tiny_run(overrides["data.corpus"])), tmp_path / "run", show_progress=False).status == "finished"
 
 
 def test_no_compiler(project, overrides, tmp_path, monkeypatch):

@@ -40,7 +40,7 @@ from typing import IO, TYPE_CHECKING, Any
 import zstandard
 
 from ..config import DataConfig
-from ..foundation import (StlmError, atomic_folder, cache_folder, cores, did_you_mean, file_sha256, fingerprint, progress,
+from ..foundation import (StlmError, atomic_folder, cache_folder, cores, did_you_mean, explain_writing, file_sha256, fingerprint, progress,
                              write_bytes, write_json)
 
 if TYPE_CHECKING:  # imported where they are used: that takes longer than reading a small corpus
@@ -690,17 +690,26 @@ class SeenHashes:
     "A set of 64-bit numbers that lies on disk: 12 to 24 bytes for each, and none of them in memory."
 
     def __init__(self) -> None:
-        self._bits, self._count = 10, 0  # 2^bits slots of 8 bytes; 0 marks a free one
-        self._file = _empty_table(self._bits)
+        self._bits, self._count, self._folder = 10, 0, cache_folder()  # 2^bits slots of 8 bytes; 0 marks a free one
+        self._file = self._empty_table()
 
     def __del__(self) -> None:
-        self._file.close()
+        if hasattr(self, "_file"):
+            self._file.close()
+
+    def _empty_table(self) -> IO[bytes]:
+        with explain_writing(self._folder):
+            self._folder.mkdir(parents=True, exist_ok=True)
+            file = tempfile.TemporaryFile(dir=self._folder)  # noqa: SIM115 (lives as long as the table)
+            file.truncate(8 << self._bits)
+        return file
 
     def add(self, number: int) -> bool:
-        "Remember a number; True if it is new."
-        if 3 * self._count >= 2 << self._bits:
-            self._grow()
-        is_new = self._insert((number or 1).to_bytes(8, "big"))  # 0 means free
+        "Remember a number; True if it is new. Raises `StlmError` for a full disk."
+        with explain_writing(self._folder):
+            if 3 * self._count >= 2 << self._bits:
+                self._grow()
+            is_new = self._insert((number or 1).to_bytes(8, "big"))  # 0 means free
         self._count += is_new
         return is_new
 
@@ -716,7 +725,7 @@ class SeenHashes:
     def _grow(self) -> None:
         with self._file as old:
             self._bits += 1
-            self._file = _empty_table(self._bits)
+            self._file = self._empty_table()
             while block := old.read(2 ** 16):
                 for place in range(0, len(block), 8):
                     if block[place:place + 8] != _FREE:
@@ -724,13 +733,6 @@ class SeenHashes:
 
 
 _FREE = bytes(8)
-
-
-def _empty_table(bits: int) -> IO[bytes]:
-    cache_folder().mkdir(parents=True, exist_ok=True)
-    file = tempfile.TemporaryFile(dir=cache_folder())  # noqa: SIM115 (lives as long as the table)
-    file.truncate(8 << bits)
-    return file
 
 # %% ../../nbs/10_data.corpora.ipynb #7a20d8e1
 def different(texts: Iterable[str],            # documents

@@ -26,6 +26,7 @@ import pandas as pd
 import papermill
 import torch
 import yaml
+from nbclient.exceptions import DeadKernelError
 
 from ..config import ConfigError, RunConfig, coerce, preset, to_dict
 from ..data.shards import Dataset, prepare
@@ -73,6 +74,8 @@ def run_notebook(notebook: Path,             # such as nbs/experiments/train.ipy
                                    cwd=str(project_folder()), coalesce_streams=True, **streams)
     except papermill.PapermillExecutionError as error:
         raise StlmError(f"{notebook.name} failed: {error.ename}: {_one_line(error.evalue)} (see {output})") from error
+    except DeadKernelError as error:
+        raise StlmError(f"{notebook.name} failed: its process was ended, as Linux does it where memory runs out (see {output})") from error
 
 
 def _one_line(text: str) -> str:
@@ -305,7 +308,7 @@ def _watch(process: subprocess.Popen, planned: StudyRun, stop: threading.Event) 
 
 def _reason(output: Path, code: int) -> str:
     lines = [line.strip() for line in output.read_text("utf-8", errors="replace").splitlines() if line.strip()]
-    ended = f"ended by signal {-code}" if code < 0 else f"exit status {code}"
+    ended = f"ended by signal {-code}{', as Linux does it where memory runs out' * (code == -9)}" if code < 0 else f"exit status {code}"
     return f"{lines[-1] if lines else 'no output'} ({ended}; see {output})"
 
 # %% ../../nbs/72_lab.studies.ipynb #bf06a219

@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['SKIPS_IN_A_ROW', 'SEGMENTER_BYTES', 'PACE_STEPS', 'PACE_SHARE', 'Plan', 'make_plan', 'gradients', 'train_step',
-           'Stopped', 'Diverged', 'explain_memory', 'explain_compilation', 'stop_signals', 'segmenter_run',
-           'load_segmenter', 'Watcher', 'ProgressBar', 'Progress', 'Interval', 'Trainer', 'steps_in_time', 'train',
-           'train_in_processes']
+           'Stopped', 'Diverged', 'explain_memory', 'warn_of_memory', 'explain_compilation', 'stop_signals',
+           'segmenter_run', 'load_segmenter', 'Watcher', 'ProgressBar', 'Progress', 'Interval', 'Trainer',
+           'steps_in_time', 'train', 'train_in_processes']
 
 # %% ../../nbs/44_train.loop.ipynb #8109eb2a
 import itertools
@@ -34,8 +34,8 @@ from ..config import RunConfig, Shape, TrainConfig, to_yaml
 from ..data.batches import Batch, Batches, windows_in_order
 from ..data.shards import Dataset, prepare
 from ..foundation import StlmError, bits_of, cache_folder, progress, project_folder, write_json
-from ..hardware import describe, peak_flops, peak_memory_bytes, pick_precision, reset_peak_memory, synchronize
-from ..model.accounting import Account, account
+from ..hardware import describe, free_memory_bytes, peak_flops, peak_memory_bytes, pick_precision, reset_peak_memory, synchronize
+from ..model.accounting import Account, account, training_memory
 from ..model.lm import LanguageModel
 from ..model.patches import EntropyPatcher, segmenter_config
 from ..pretrained import from_pretrained, save_pretrained
@@ -122,13 +122,38 @@ def explain_memory(config: RunConfig, # of the run
     except (MemoryError, RuntimeError) as error:
         if not _is_out_of_memory(error):
             raise
-        own, context = share_of(config.train, processes), config.model.context
-        parts = next((n for n in range(own.accumulation + 1, own.batch_size + 1) if own.batch_size % n == 0), None)
-        advice = f"train.accumulation={parts * processes}" if parts else f"model.context below {context}"
-        again = "" if config.train.checkpoint_activations else " or train.checkpoint_activations=true"
-        windows = own.batch_size // own.accumulation
-        raise StlmError(f"out of memory with {windows} window{'s' * (windows > 1)} of {context} symbols at once; begin a new run with "
-                        f"{advice}{again}, or with a smaller model (model.n_layers, model.d_model)") from error
+        raise StlmError(f"out of memory with {_less_memory(config, processes)}") from error
+
+
+def _less_memory(config: RunConfig, processes: int) -> str: # the end of a sentence: what takes the memory, and what takes less
+    own, context = share_of(config.train, processes), config.model.context
+    parts = next((n for n in range(own.accumulation + 1, own.batch_size + 1) if own.batch_size % n == 0), None)
+    advice = f"train.accumulation={parts * processes}" if parts else f"model.context below {context}"
+    again = "" if config.train.checkpoint_activations else " or train.checkpoint_activations=true"
+    windows = own.batch_size // own.accumulation
+    return (f"{windows} window{'s' * (windows > 1)} of {context} symbols at once; begin a new run with {advice}{again}, "
+            "or with a smaller model (model.n_layers, model.d_model)")
+
+
+_BYTES_OF_A_CHANNEL = 256  # that a layer keeps of a symbol, twice the usual: what fits by this count needs no estimate, which takes long
+
+
+def warn_of_memory(config: RunConfig,
+                   world: World = World() # the processes that share every batch
+                   ) -> None:
+    "Warn where a run on the processor needs more memory than is free."
+    device, own, model = world.device(config.train.device), share_of(config.train, world.size), config.model
+    if device.type != "cpu" or world.local_rank:
+        return
+    free = free_memory_bytes() / int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    symbols = own.batch_size // own.accumulation * model.context
+    if 16 * account(model).unique_parameters + symbols * model.n_layers * model.d_model * _BYTES_OF_A_CHANNEL < free:
+        return
+    dtype = pick_precision(own.precision, device)
+    needed = training_memory(model, own.batch_size, own.accumulation, dtype, checkpointing=own.checkpoint_activations).peak
+    if needed > free:
+        warnings.warn(f"a step needs about {needed / 1e9:.1f} GB where {free / 1e9:.1f} GB are free, so the system may end the run without "
+                      f"a word: {_less_memory(config, world.size)}", stacklevel=2)
 
 
 def _is_out_of_memory(error: Exception) -> bool: # for the processor PyTorch has no type of its own
@@ -486,7 +511,7 @@ class Trainer:
                                    self.config.train.eval_bytes, self.dataset.tokenizer.token_bytes)
         for batch in itertools.islice(windows, self.world.rank, None, self.world.size):  # each process takes its turn
             with torch.inference_mode(), torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32):
-                nats += self.model.nll(batch.inputs.to(self.device), batch.targets.to(self.device)).sum(dtype=torch.float64).item()
+                nats += self.model.nll(batch.inputs.to(self.device), batch.targets.to(self.device)).cpu().sum(dtype=torch.float64).item()
             tokens, size = tokens + batch.targets.numel(), size + int(self.token_bytes[batch.targets].sum())
         self.model.train()
         return nats, tokens, size
@@ -674,6 +699,7 @@ def _train(config: RunConfig, run: Run, world: World, show_progress: bool, watch
             return
         if world.is_first:
             begin(run, config, describe() | {"data": dataset.fingerprint, "corpus": dataset.manifest["corpus"]})
+        warn_of_memory(config, world)
         if config.train.seconds:
             config = replace(config, train=replace(config.train, seconds=0, steps=steps_in_time(config, run, dataset, world)))
         trainer = Trainer(config, run, dataset, show_progress, watchers, world)

@@ -79,7 +79,7 @@ class MuonAdamW(torch.optim.Optimizer):
                  parts: dict[Tensor, tuple[int, ...]], # rows of the matrices that a parameter joins
                  dtype: torch.dtype                   # of the products that orthogonalise
                  ):
-        super().__init__(groups, dict(lr=config.lr))
+        super().__init__(groups, dict(lr=config.lr, fused=True))  # fused: a loaded state has its step counters where the parameters are
         self.config, self.parts, self.dtype = config, parts, dtype
 
     @torch.no_grad()

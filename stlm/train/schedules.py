@@ -16,23 +16,22 @@ def learning_rate(step: int,          # optimizer step, 0 is the first
                   total: int,         # optimizer steps in the whole run
                   config: TrainConfig # peak, shape and shares
                   ) -> float:         # learning rate of that step
-    "Learning rate of one step; positive from the first step to the last."
+    "Learning rate of one step."
     warmup = math.ceil(config.warmup * total)
-    if step < warmup:
-        return config.lr * (step + 1) / warmup
-    return config.lr * (1 - (1 - config.min_lr_ratio) * (1 - _remaining(step, warmup, total, config)))
+    warm = config.lr * (step + 1) / warmup if step < warmup else config.lr
+    return min(warm, config.lr * (1 - (1 - config.min_lr_ratio) * (1 - _height(step, warmup, total, config))))
 
 
-def _remaining(step: int, warmup: int, total: int, config: TrainConfig) -> float:
-    "Share of the way from the lowest rate to the peak: 1 after warm-up, 0 at the end."
+def _height(step: int, warmup: int, total: int, config: TrainConfig) -> float:
+    "Share of the way from the lowest rate to the peak, warm-up aside."
     if config.schedule == "cosine":
-        done = (step - warmup) / max(1, total - warmup)
+        done = max(0, step - warmup) / max(1, total - warmup)
         return 0.5 * (1 + math.cos(math.pi * min(1.0, done)))
-    cooldown = config.cooldown * total
-    if config.schedule == "constant" or not cooldown:
-        return 1.0
-    left = min(1.0, max(0.0, (total - step) / cooldown))  # of the cooldown
-    return left if config.schedule == "linear" else 1 - math.sqrt(1 - left)
+    if config.schedule == "linear" or config.schedule == "sqrt":
+        cooldown = config.cooldown * total
+        left = min(1.0, max(0.0, (total - step) / cooldown)) if cooldown else 1.0
+        return left if config.schedule == "linear" else 1 - math.sqrt(1 - left)
+    return share(config.schedule, step, total, config)
 
 # %% ../../nbs/40_train.schedules.ipynb #b90fb540
 def share(shape: Shape,        # which of the seven
