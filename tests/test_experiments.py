@@ -199,7 +199,7 @@ def test_the_other_studies(project, overrides, name, arms):
 def test_the_race(project, overrides):
     common = {field: value for field, value in overrides.items() if field.startswith("data.")} | {"data.valid_fraction": 0.25}
     common |= {"data.tokenizer": "bytes", "model.context": 64, "model.n_layers": 1, "train.compile": "off"}
-    arms = ["the recipe", "without n-grams"]
+    arms = ["the recipe", "with n-grams"]
     code, _, errors = stlm("report", "race", *given({"corpus": overrides["data.corpus"], "seconds": 2, "score_bytes": 3000,
                                                      "only": json.dumps(arms), "overrides": json.dumps(common),
                                                      "more_seeds": json.dumps({"the recipe": [1, 2]})}), cwd=project)
