@@ -1496,7 +1496,6 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '', 'doc_host': '', 'git_url
                                        'stlm.train.optimizers._schedule_free': ( 'train.optimizers.html#_schedule_free',
                                                                                  'stlm/train/optimizers.py'),
                                        'stlm.train.optimizers.best_of': ('train.optimizers.html#best_of', 'stlm/train/optimizers.py'),
-                                       'stlm.train.optimizers.flush': ('train.optimizers.html#flush', 'stlm/train/optimizers.py'),
                                        'stlm.train.optimizers.is_local': ('train.optimizers.html#is_local', 'stlm/train/optimizers.py'),
                                        'stlm.train.optimizers.make_optimizer': ( 'train.optimizers.html#make_optimizer',
                                                                                  'stlm/train/optimizers.py'),

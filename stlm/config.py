@@ -487,7 +487,7 @@ _DEMO_TRAIN = dict(bytes=1_000_000, batch_size=4, lr=3e-3)
 _WORDS = dict(patcher="space", window=64, ngram=3)
 
 # Tables of n-grams cost no FLOPs, but memory traffic: with them (model.ngram=3) the subword model reads a seventh less text in the time and
-# is worse. The byte model, which has no vocabulary that stands for such pieces, cannot do without (reports/race).
+# is no better. The byte model, which has no vocabulary that stands for such pieces, cannot do without (reports/race).
 _RACE_MODEL = dict(n_layers=4, d_model=192, n_heads=3, n_kv_heads=3, d_ff=768, ffn="relu2", qk_norm=True, zero_init=True,
                    embedding_norm=True, residual_scalars=True, init_std=0.05)
 _RACE_TRAIN = dict(seconds=285, batch_size=4, optimizer="muon", lr=3e-3, matrix_lr=0.02, embedding_lr=3.0, weight_decay=0.0, clip=0.0,

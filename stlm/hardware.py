@@ -93,6 +93,9 @@ def _product_seconds(matrix: torch.Tensor) -> float: # of one product with itsel
 # %% ../nbs/02_hardware.ipynb #4d89badc
 os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
 
+# %% ../nbs/02_hardware.ipynb #e8447c90
+torch.set_flush_denormal(True)
+
 # %% ../nbs/02_hardware.ipynb #b9fa908c
 def peak_memory_bytes(device: torch.device # where the model runs
                       ) -> int:

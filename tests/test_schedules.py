@@ -11,9 +11,8 @@ from helpers import real_text, small_run
 from stlm.config import ConfigError, ModelConfig, PatchConfig, RunConfig, Shape, SharingConfig, TrainConfig, preset
 from stlm.data.shards import Dataset, prepare
 from stlm.model.lm import LanguageModel
-from stlm.train import loop
 from stlm.train.loop import Trainer, train_step
-from stlm.train.optimizers import FLUSH_EVERY, make_optimizer, orthogonalise
+from stlm.train.optimizers import make_optimizer, orthogonalise
 from stlm.train.records import Run, begin
 from stlm.train.schedules import batch_parts, share
 
@@ -46,24 +45,10 @@ def weights(trainer: Trainer) -> list[torch.Tensor]:
     return [parameter.detach().clone() for parameter in trainer.model.parameters()]
 
 
-def test_what_has_decayed_to_nothing_does_not_stay(corpus, tmp_path, monkeypatch):
-    """Below 1e-38, where moments without gradients would end and remain, a processor is a hundred times slower."""
-    trainer = trainer_in(tmp_path / "run", configured(corpus, **{"train.optimizer": "muon", "train.steps": 100}))
-    trainer.step()
-    kept = [value for state in trainer.optimizer.state.values() for value in state.values() if value.ndim]
-    for value in kept:
-        value.fill_(1e-38)
-        value[..., 0] = 1e-3
-    monkeypatch.setattr(loop, "train_step", lambda *_: (torch.zeros(()), torch.zeros(())))  # which would add gradients
-    while trainer.progress.step <= FLUSH_EVERY:
-        assert all(value[..., 1:].all() for value in kept)
-        trainer.step()
-    assert all(value[..., 0].all() and not value[..., 1:].any() for value in kept)
-
-
-def test_dead_neurons_do_not_slow_an_optimizer():
-    matrices = torch.randn(4, 512, 128)
-    decayed = matrices.clone()
+def test_what_has_decayed_to_nothing_slows_nothing():
+    """Below 1e-38, where moments without gradients and unlikely probabilities end, a processor is a hundred times slower."""
+    weights = torch.randn(4, 512, 128)
+    decayed = weights.clone()
     decayed[:, ::20] *= 1e-39
 
     def seconds(given):
@@ -71,8 +56,8 @@ def test_dead_neurons_do_not_slow_an_optimizer():
         orthogonalise(given)
         return time.process_time() - start
 
-    torch.testing.assert_close(orthogonalise(decayed), orthogonalise(decayed.where(decayed.abs() > 1e-30, 0)))
-    assert min(seconds(decayed) for _ in range(5)) < 8 * min(seconds(matrices) for _ in range(5))  # about 60 times, where nothing is done
+    assert not decayed[:, ::20].any() and decayed[:, 1].all()
+    assert min(seconds(decayed) for _ in range(5)) < 4 * min(seconds(weights) for _ in range(5))  # 60 times, where they are as they come
 
 
 def test_every_step_gets_what_the_schedules_say(corpus, tmp_path):

@@ -41,7 +41,7 @@ from ..model.patches import EntropyPatcher, segmenter_config
 from ..pretrained import from_pretrained, save_pretrained
 from .checkpoints import CheckpointWriter, load_checkpoint, remove_later
 from .distributed import Objective, World, averaged, connected, share_of, travelling
-from .optimizers import FLUSH_EVERY, Average, best_of, flush, make_optimizer, set_learning_rate, set_weight_decay
+from .optimizers import Average, best_of, make_optimizer, set_learning_rate, set_weight_decay
 from .records import Run, append_log, begin, cut_log, locked, read_log, require_same
 from .schedules import batch_starts, learning_rate, loops_run, planned_steps, share
 
@@ -413,8 +413,6 @@ class Trainer:
         own_seed = self.config.train.seed * 1_000_003 + number + (self.world.rank << 40)
         torch.manual_seed(own_seed)  # dropout's numbers: a function of seed, step and process
         batch = self.batches.batch(number, self.world.rank, self.world.size)
-        if self.device.type == "cpu" and self.progress.step % FLUSH_EVERY == 0:
-            flush(self.optimizer)
         loss, norm = train_step(self.objective, self.optimizer, batch, self.own, self.device, self.dtype)
         own = batch.targets.numel()
         tokens, seen = self.world.sums(own, int(self.token_bytes[batch.targets].sum()))
