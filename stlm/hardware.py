@@ -76,7 +76,8 @@ def peak_flops(device: torch.device, # where to measure
 
 
 def _busy_matrix(device: torch.device, dtype: torch.dtype) -> torch.Tensor: # large enough that a product takes 15 ms, or (8192, 8192)
-    matrix = torch.full((512, 512), 0.5, device=device, dtype=dtype)
+    numbers = torch.Generator(device).manual_seed(0)  # random, since a GPU multiplies equal ones faster than it ever will in use
+    matrix = torch.randn(512, 512, generator=numbers, device=device, dtype=dtype)
     _product_seconds(matrix)  # the first product loads libraries and starts threads
     while len(matrix) < 8192 and _product_seconds(matrix) < 0.015:
         matrix = matrix.repeat(2, 2)

@@ -8,11 +8,11 @@ __all__ = ['MOST_LOGITS', 'softcap', 'nats_and_loss', 'FlatStack', 'LanguageMode
 # %% ../../nbs/28_model.lm.ipynb #cf40a14b
 import math
 from dataclasses import replace
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from ..config import ModelConfig
 from ..foundation import StlmError
@@ -44,7 +44,44 @@ def nats_and_loss(logits: Tensor,      # (..., V)
     return nats, nats + z_loss * log_z.square() * (targets >= 0)
 
 # %% ../../nbs/28_model.lm.ipynb #2a8bab73
-MOST_LOGITS = 2 ** 26  # a quarter of a gigabyte in float32
+MOST_LOGITS = 2 ** 27  # half a gigabyte in float32
+
+
+def _costs_and_slope(logits: Tensor,  # (N, V) float32, overwritten
+                     targets: Tensor, # (N,) -100 = not scored
+                     cap: float,      # that the logits have
+                     z_loss: float
+                     ) -> tuple[Tensor, Tensor, Tensor]: # (N,), (N,) as `nats_and_loss`; (N, V) slope of the second by what was capped
+    log_z, scored = logits.logsumexp(1), targets >= 0
+    nats = (log_z - logits.gather(1, targets.clamp(min=0)[:, None])[:, 0]) * scored
+    bend = 1 - (logits / cap).square() if cap else None
+    slope = logits.sub_(log_z[:, None]).exp_()
+    if z_loss:
+        slope.mul_((1 + 2 * z_loss * log_z)[:, None])
+    slope.add_(torch.arange(slope.shape[1], device=slope.device) == targets[:, None], alpha=-1).mul_(scored[:, None])
+    return nats, nats + z_loss * log_z.square() * scored, slope if bend is None else slope.mul_(bend)
+
+
+class _InPieces(torch.autograd.Function):
+    "The means of loss and nats over all targets, with the gradient of the first; nobody descends on the second."
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, # (N, width), (V, width), (N,)
+                n: int, dtype: torch.dtype, cap: float, z_loss: float) -> Tensor: # (2,)
+        small, weight_slope = weight.to(dtype), torch.zeros_like(weight)
+        slopes, totals = [], hidden.new_zeros(2, dtype=torch.float32)
+        for x, target in zip(hidden.to(dtype).chunk(n), targets.chunk(n), strict=True):
+            nats, loss, slope = _costs_and_slope(softcap(F.linear(x, small), cap).float(), target, cap, z_loss)
+            totals = totals + torch.stack([loss.sum(), nats.sum()])
+            slope = slope.div_(len(targets)).to(dtype)
+            slopes.append(slope @ small)
+            weight_slope += slope.mT @ x
+        ctx.save_for_backward(torch.cat(slopes).to(hidden.dtype), weight_slope)
+        return totals / len(targets)
+
+    @staticmethod
+    def backward(ctx: Any, slopes: Tensor) -> tuple[Tensor | None, ...]: # type: ignore[override]
+        hidden_slope, weight_slope = ctx.saved_tensors
+        return slopes[0] * hidden_slope, slopes[0] * weight_slope, None, None, None, None, None
 
 
 class FlatStack(nn.Module):
@@ -160,7 +197,8 @@ class LanguageModel(nn.Module):
             targets: Tensor      # (B, T) the symbols that come next; -100 = not scored
             ) -> Tensor:         # (B, T) nats, float32
         "Negative log-likelihood of each target; 0 where it is not scored."
-        return self._scored(self.hidden(ids), targets)[0]
+        pieces = (part.chunk(self._pieces(targets)) for part in (self.hidden(ids).flatten(0, 1), targets.flatten()))
+        return torch.cat([nats_and_loss(self.logits(x), target)[0] for x, target in zip(*pieces, strict=True)]).view_as(targets)
 
     def objective(self, ids: Tensor,            # (B, T) symbols
                   targets: Tensor,              # (B, T) the symbols that come next
@@ -168,33 +206,31 @@ class LanguageModel(nn.Module):
                   ) -> tuple[Tensor, Tensor]:   # what training descends on, and the mean nats of a symbol in it
         "The loss. A z-loss comes on top, and a learned gate adds its ratio loss; for all others the two are the same."
         hidden, cuts = self._run(ids)
-        each, each_loss = self._scored(hidden, targets, z_loss)  # (B, T), (B, T)
-        nats = each.mean()
-        loss = each_loss.mean() if z_loss else nats
+        loss, nats = self._mean_cost(hidden, targets, z_loss)
         if cuts is None or cuts.gate is None:
             return loss, nats
         return loss + RATIO_WEIGHT * ratio_loss(cuts, self.config.patches.size), nats
 
-    def _scored(self, hidden: Tensor, targets: Tensor, z_loss: float = 0.0) -> tuple[Tensor, Tensor]: # as `nats_and_loss`
-        "Never more than `MOST_LOGITS` at a time; the backward pass computes those of a piece again."
-        n_pieces = math.ceil(targets.numel() * self.config.vocab_size / MOST_LOGITS)
-        if n_pieces <= 1:
-            return nats_and_loss(self.logits(hidden), targets, z_loss)
-        def score(hidden: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-            return nats_and_loss(self.logits(hidden), targets, z_loss)
-        pieces = zip(hidden.flatten(0, 1).chunk(n_pieces), targets.flatten().chunk(n_pieces), strict=True)
-        scored = [checkpoint(score, *piece, use_reentrant=False, preserve_rng_state=False) for piece in pieces]
-        nats, loss = (torch.cat(each).view_as(targets) for each in zip(*scored, strict=True))
-        return nats, loss
+    def _pieces(self, targets: Tensor) -> int:
+        return max(1, math.ceil(targets.numel() * self.config.vocab_size / MOST_LOGITS))
+
+    def _mean_cost(self, hidden: Tensor, targets: Tensor, z_loss: float) -> tuple[Tensor, Tensor]: # loss, nats
+        n, cap = self._pieces(targets), self.config.logit_softcap
+        if n > 1:
+            loss, nats = _InPieces.apply(hidden.flatten(0, 1), self.head_weight, targets.flatten(), n, self._dtype(), cap, z_loss)
+            return loss, nats.detach()
+        nats, loss = (each.mean() for each in nats_and_loss(self.logits(hidden), targets, z_loss))
+        return loss, nats
+
+    def _dtype(self) -> torch.dtype: # of the matrix products
+        kind = self.head_weight.device.type
+        return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else self.head_weight.dtype
 
     def new_cache(self, batch_size: int = 1,      # texts that are read side by side
                   max_length: int | None = None   # symbols it has room for; None = `context`
                   ) -> KVCache | PatchCache:
         "An empty cache where the model is, in the precision that is in use."
-        weight = self.head_weight
-        kind = weight.device.type
-        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else weight.dtype
-        return self.body.new_cache(batch_size, max_length or self.config.context, dtype)
+        return self.body.new_cache(batch_size, max_length or self.config.context, self._dtype())
 
     def set_looping(self, on: bool # as after training
                     ) -> None:
