@@ -140,6 +140,20 @@ def test_no_step_of_a_schedule_compiles_anything_anew(corpus, tmp_path, changes)
     assert losses[-1] < losses[0]
 
 
+def test_the_warm_up_compiles_for_any_number_of_patches(corpus, tmp_path):
+    """Code that is made in the second step would be time of training."""
+    torch.compiler.reset()
+    sizes = {"model.n_layers": 1, "model.context": 128, "model.patches.ngram": 0, "train.batch_size": 2, "train.steps": 5}
+    trainer = trainer_in(tmp_path / "run", preset("demo-pooled", small_run(corpus) | {"train.compile": "on"} | sizes))
+    patches = [int(trainer.model.cuts(trainer.batches.batch(step).inputs).ends.sum(1).max()) for step in range(5)]
+    assert patches[0] != patches[1] and len(set(patches)) > 2
+    trainer.warm_up()
+    compiled = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+    for _ in range(5):
+        trainer.step()
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == compiled >= 1
+
+
 def test_a_python_number_would_compile_anew():
     """What the tensor is for: the same change by `set_dropout` is refused."""
     torch.compiler.reset()

@@ -354,6 +354,8 @@ def measure_speed(configs: Mapping[str, RunConfig], # by arm
     with tempfile.TemporaryDirectory() as folder:
         trainers = {arm: _trainer(config, folder) for arm, config in configs.items()}
         for trainer in trainers.values():
+            if trainer.compiles:
+                trainer.warm_up()
             trainer.step()
             trainer.settle()
         speeds = {arm: [] for arm in trainers}  # type: dict[str, list[float]]

@@ -219,8 +219,9 @@ class LanguageModel(nn.Module):
         if n > 1:
             loss, nats = _InPieces.apply(hidden.flatten(0, 1), self.head_weight, targets.flatten(), n, self._dtype(), cap, z_loss)
             return loss, nats.detach()
-        nats, loss = (each.mean() for each in nats_and_loss(self.logits(hidden), targets, z_loss))
-        return loss, nats
+        each, each_loss = nats_and_loss(self.logits(hidden), targets, z_loss)
+        nats = each.mean()
+        return each_loss.mean() if z_loss else nats, nats
 
     def _dtype(self) -> torch.dtype: # of the matrix products
         kind = self.head_weight.device.type

@@ -552,11 +552,12 @@ class Trainer:
         self.requests.add(what)
 
     def warm_up(self) -> None:
-        "Compute gradients once and forget them, so that compilation does not count as training."
+        "Compute gradients and forget them, so that compilation does not count as training."
         self.set_loops()
         self.set_rates()
-        batch = self.batches.batch(self.progress.step, self.world.rank, self.world.size)
-        gradients(self.objective, batch, self.own, self.device, self.dtype)
+        for ahead in range(2 if self.config.model.is_pooled else 1):  # a second number of patches makes code for any number
+            batch = self.batches.batch(self.progress.step + ahead, self.world.rank, self.world.size)
+            gradients(self.objective, batch, self.own, self.device, self.dtype)
         self.optimizer.zero_grad(set_to_none=True)
 
     def fit(self) -> None:
