@@ -14,7 +14,8 @@ from stlm.config import Ffn, ModelConfig, Norm, PatchConfig, Positions, Sharing,
 from stlm.foundation import StlmError
 from stlm.infer.generate import Sampling, steps
 from stlm.infer.scoring import token_logprobs
-from stlm.model.accounting import account
+from stlm.model import lm
+from stlm.model.accounting import account, training_memory
 from stlm.model.lm import LanguageModel
 
 T, V = 16, 61
@@ -268,3 +269,35 @@ def test_the_model_is_one_graph_for_the_compiler(positions):
     for on in (False, True):
         model.set_looping(on)
         torch.testing.assert_close(compiled(ids, ids), model.nll(ids, ids))
+
+
+@pytest.mark.parametrize("precision", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("switches", [{}, dict(logit_softcap=15.0, tied_head=False)], ids=str)
+def test_compiled_pieces_of_a_large_vocabulary_have_the_gradient_of_the_whole(monkeypatch, switches, precision):
+    torch.manual_seed(0)
+    torch.compiler.reset()
+    model = LanguageModel(ModelConfig(vocab_size=1000, context=32, n_layers=1, d_model=32, n_heads=4, n_kv_heads=2, d_ff=48, **switches))
+    ids = torch.randint(1000, (4, 33))
+    targets = ids[:, 1:].where(torch.rand(4, 32) < 0.8, -100)
+
+    def graded(objective, precision):
+        model.zero_grad()
+        with torch.autocast("cpu", precision, enabled=precision != torch.float32):
+            loss, nats = objective(ids[:, :-1], targets, z_loss=0.01)
+        (3 * loss).backward()
+        return {"loss": loss.detach(), "nats": nats.detach()} | {name: p.grad.clone() for name, p in model.named_parameters()}
+
+    whole = graded(model.objective, torch.float32)
+    monkeypatch.setattr(lm, "MOST_LOGITS", 30_000)
+    for objective in (model.objective, torch.compile(model.objective)):
+        pieces = graded(objective, precision)
+        for name, expected in whole.items():
+            error = (pieces[name] - expected).norm() / expected.norm()
+            assert error < (1e-5 if precision == torch.float32 else 2e-2), name
+
+
+def test_the_logits_of_a_large_vocabulary_are_never_all_there():
+    config = ModelConfig(vocab_size=50_000, context=512, n_layers=1, d_model=32, n_heads=4, n_kv_heads=2, d_ff=48)
+    logits = 4 * config.vocab_size * 64 * config.context
+    memory = training_memory(config, 64, dtype=torch.float32)
+    assert memory.peak < logits / 2 and memory.activations < logits / 10
