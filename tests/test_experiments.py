@@ -248,6 +248,22 @@ def test_throughput_without_a_compiler(measured, tmp_path):
     assert "stlm, compiled is left out, because torch.compile fails" in page and "a compiled step" not in page
 
 
+def test_the_machine(project, overrides):
+    own = ("data.corpus", "data.max_bytes", "data.valid_fraction", "train.steps")  # the notebook's
+    common = {field: value for field, value in overrides.items() if field not in own} | {"data.valid_fraction": 0.25}
+    code, _, errors = stlm("report", "machine", *given({"large": "demo-bytes", "windows": 2, "trial": 3, "small": "demo-bytes", "steps": 4,
+                                                        "corpus": overrides["data.corpus"], "overrides": json.dumps(common)}), cwd=project)
+    assert code == 0, errors[-2000:]
+    folder = project / "reports" / "machine_demo-bytes_cpu"
+    results = pd.read_csv(folder / "results.csv").set_index("arm")
+    assert results.loc["demo-bytes", "symbols per second"] > 0 and 0 < results.loc["demo-bytes", "MFU"] < 1.5
+    memory = results.filter(like="demo-bytes, ", axis=0)
+    assert len(memory) == 2 and (memory["measured, GB"] > memory["computed, GB"]).all() and (memory["computed, GB"] > 0).all()
+    repeated = results.filter(regex="same again|resumed", axis=0)
+    assert len(repeated) == 4 and (repeated["largest difference of a weight"] == 0).all()
+    assert "end with the same bits, stopped and resumed or not" in BeautifulSoup((folder / "index.html").read_text(), "html.parser").get_text()
+
+
 def small_benchmarks(folder):
     "Six pairs of BLiMP and six questions of MMLU in files."
     pairs = [{"sentence_good": f"The {noun}s {verb}.", "sentence_bad": f"The {noun}s {verb}s.", "field": "morphology", "UID": verb,
