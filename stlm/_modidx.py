@@ -1270,6 +1270,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '', 'doc_host': '', 'git_url
                                     'stlm.model.pooling.grid_widths': ('model.pooling.html#grid_widths', 'stlm/model/pooling.py'),
                                     'stlm.model.pooling.make_unpooling': ('model.pooling.html#make_unpooling', 'stlm/model/pooling.py'),
                                     'stlm.model.pooling.ngram_rows': ('model.pooling.html#ngram_rows', 'stlm/model/pooling.py'),
+                                    'stlm.model.pooling.patches_to_run': ('model.pooling.html#patches_to_run', 'stlm/model/pooling.py'),
                                     'stlm.model.pooling.smooth': ('model.pooling.html#smooth', 'stlm/model/pooling.py'),
                                     'stlm.model.pooling.spans': ('model.pooling.html#spans', 'stlm/model/pooling.py')},
             'stlm.model.positions': { 'stlm.model.positions.Alibi': ('model.positions.html#alibi', 'stlm/model/positions.py'),

@@ -387,6 +387,19 @@ def test_edges(name: str, longest: int) -> None:
     check_steps(model, rows, [3, 1, 16])
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("name", [family.name for family in POOLED[::11]])
+def test_the_stack_may_run_over_more_patches_than_there_are(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a GPU it does, so that few shapes occur; never over more than there are symbols, for more positions a model may not have."""
+    model, tokenizer = FAMILIES[name].build(), open_tokenizer(FAMILIES[name].tokenizer)
+    ids = torch.tensor([symbols_of(tokenizer, random_text(seed))[:T] for seed in range(3)])
+    logits, fullest = model(ids), int(model.cuts(ids).ends.sum(1).max())
+    for at_a_time in (fullest + 1, T + 7):
+        monkeypatch.setitem(pooling.PATCHES_AT_A_TIME, "cpu", at_a_time)
+        assert fullest <= pooling.patches_to_run(model.cuts(ids).ends) == min(at_a_time, T)
+        torch.testing.assert_close(model(ids), logits, rtol=1e-4, atol=TOLERANCE)
+
+
 @pytest.mark.parametrize("name", [family.name for family in POOLED[::47]])
 def test_another_number_of_patches_compiles_nothing_anew(name: str) -> None:
     """Only the text says how many patches there are, and so how long the rows are that the stack reads."""
