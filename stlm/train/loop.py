@@ -648,11 +648,10 @@ def steps_in_time(config: RunConfig, # with `train.seconds`
     probe = Trainer(replace(config, train=replace(config.train, seconds=0, steps=PACE_STEPS + 3)), run, dataset, False, world=world)
     probe.warm_up()
     _seconds_of(probe, range(3))
-    spent, rounds = 0.0, 0
-    while not rounds or spent < PACE_SHARE * config.train.seconds:
-        spent += world.sums(_seconds_of(probe, range(3, PACE_STEPS + 3)))[0] / world.size
-        rounds += 1
-    pace = spent / (rounds * PACE_STEPS)
+    rounds: list[float] = []  # seconds
+    while sum(rounds) < PACE_SHARE * config.train.seconds:
+        rounds.append(world.sums(_seconds_of(probe, range(3, PACE_STEPS + 3)))[0] / world.size)
+    pace = statistics.fmean(rounds[len(rounds) // 2:]) / PACE_STEPS  # the later half: on a GPU the first rounds took up to twice as long
     steps = max(1, int(config.train.seconds / pace))
     if world.is_first:
         write_json(run.folder / "pace.json", {"seconds_per_step": pace, "steps": steps})
