@@ -27,7 +27,7 @@ from stlm.lab import studies
 from stlm.lab.statistics import detectable_accuracy
 from stlm.lab.studies import Study, equal_budgets, find_notebook, run_notebook
 from stlm.model.lm import LanguageModel
-from stlm.pretrained import save_pretrained
+from stlm.pretrained import from_pretrained, save_pretrained
 from stlm.train.records import Run
 
 
@@ -360,6 +360,10 @@ def test_the_report_card(project, overrides, tmp_path):
     assert results[["blimp_n_items", "mmlu_n_items", "arc_easy_n_items"]].to_numpy().tolist() == [[6, 3, 30]] * 3
     assert results["blimp_acc"].between(0, 1).all() and results["bits_per_byte_licence.txt"].between(1, 40).all()
     assert (results["bits_per_byte_licence.txt_sliding"] != results["bits_per_byte_licence.txt"]).all()
+    model, tokenizer = from_pretrained(tmp_path / "first" / "model")
+    licence_lines = [line for text in open_corpus(real_text(tmp_path)).documents(3000) for line in text.split("\n") if line.strip()]
+    of_lines = bits_per_byte(model, tokenizer, licence_lines).bits_per_byte
+    assert results.loc["small", "bits_per_byte_licence.txt_lines_alone"] == pytest.approx(of_lines, rel=1e-5)
     page = (project / "reports" / "evaluate" / "index.html").read_text()
     assert "chance" in page and "The first 30 questions" in page and "How they were trained: by hand." in page
     assert "<td>17</td>" in page, "the steps of the one that is a run"
