@@ -477,8 +477,8 @@ def dots(rows: Mapping[str, Mapping[str, Estimate]],  # name of the row -> name 
         axis.set_yticks(range(len(rows)), list(rows), color=INK, size=10)
         axis.set(ylim=(len(rows) - 0.4, -0.6), xlabel=label)
         handles = [mpl.lines.Line2D([], [], color=colour, marker="o", linewidth=0, label=name) for name, colour in colours.items()]
-        side_by_side = int(figure.get_size_inches()[0] / (0.65 + 0.085 * max(map(len, colours), default=0)))  # of names as long as the longest
-        figure.legend(handles=handles, loc="outside upper left", ncols=max(1, min(4, len(colours), side_by_side)), labelcolor="linecolor",
+        room = int(figure.get_size_inches()[0] / (0.65 + 0.085 * max(map(len, colours), default=0)))  # for names as long as the longest
+        figure.legend(handles=handles, loc="outside upper left", ncols=max(1, min(4, len(colours), room)), labelcolor="linecolor",
                       fontsize=10)
     return figure
 
