@@ -539,9 +539,9 @@ PRESETS: dict[str, dict[str, dict[str, Any]]] = {
 }
 
 # Together, in equal time by measured speeds, they beat the baseline of 10 million parameters by 0.225 bits per byte; Muon alone by 0.170,
-# while QK-norm, ReLU², zero start, fast embeddings and the linear cooldown made no difference there (reports/recipe_10m). At 2 million only
-# fast embeddings and residual scalars won by themselves, and all of them together not for certain (reports/recipe). The rest is kept for
-# what is known of larger models.
+# while QK-norm, ReLU², zero start, fast embeddings, residual scalars and the linear cooldown made no difference there (reports/recipe_10m).
+# At 2 million only fast embeddings and residual scalars won by themselves, and all of them together not for certain (reports/recipe). The
+# rest is kept for what is known of larger models.
 MODERN: dict[str, Any] = {
     "model.ffn": "relu2", "model.qk_norm": True, "model.zero_init": True, "model.residual_scalars": True,
     "train.optimizer": "muon", "train.embedding_lr": 3.0, "train.schedule": "linear", "train.cooldown": 0.6, "train.min_lr_ratio": 0.0}
