@@ -651,7 +651,7 @@ def steps_in_time(config: RunConfig, # with `train.seconds`
     rounds: list[float] = []  # seconds
     while sum(rounds) < PACE_SHARE * config.train.seconds:
         rounds.append(world.sums(_seconds_of(probe, range(3, PACE_STEPS + 3)))[0] / world.size)
-    pace = statistics.fmean(rounds[len(rounds) // 2:]) / PACE_STEPS  # the later half: on a GPU the first rounds took up to twice as long
+    pace = statistics.fmean(rounds[len(rounds) // 2:]) / PACE_STEPS  # the later half: the beginning of a trial may be slower
     steps = max(1, int(config.train.seconds / pace))
     if world.is_first:
         write_json(run.folder / "pace.json", {"seconds_per_step": pace, "steps": steps})
