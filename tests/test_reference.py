@@ -11,8 +11,8 @@ import tokenizers
 import torch
 
 from stlm.data.tokenizers import byte_alphabet
-from stlm.evaluate.benchmarks import model_fingerprint
-from stlm.evaluate.bits import bits_by_position, bits_by_window, bits_per_byte
+from stlm.evaluate.bits import bits_by_window, bits_per_byte
+from stlm.evaluate.kept import model_fingerprint
 from stlm.evaluate.reference import load_reference
 from stlm.foundation import StlmError
 from stlm.infer.scoring import score
@@ -117,9 +117,9 @@ def test_a_document_ends_with_the_models_own_end_of_text(folder: Path) -> None:
     text = "The quick brown fox"
     with torch.inference_mode():
         behind = model.inner(torch.tensor([[tokenizer.eot_id, *tokenizer.encode(text)]])).logits[0, -1].log_softmax(-1)
-    bits, by_position = bits_per_byte(model, tokenizer, [text]), bits_by_position(model, tokenizer, [text])
+    bits = bits_per_byte(model, tokenizer, [text])
     assert bits.end_nats == pytest.approx(-float(behind[tokenizer.inner.eos_token_id]), rel=1e-4)
-    assert by_position["nats"].sum() == pytest.approx(bits.nats) and by_position["n_bytes"].sum() == len(text)
+    assert bits.by_position["nats"].sum() == pytest.approx(bits.nats) and bits.by_position["n_bytes"].sum() == len(text)
     assert bits_by_window(model, tokenizer, [text])["sliding"].end_nats == pytest.approx(bits.end_nats, rel=1e-4)
 
 

@@ -4,12 +4,10 @@
 
 # %% auto #0
 __all__ = ['Pair', 'TASKS', 'FIVE', 'unpacked', 'Row', 'Item', 'choices', 'Source', 'Task', 'find_tasks', 'find_file',
-           'local_rows', 'read_rows', 'load_items', 'Result', 'model_fingerprint', 'evaluate', 'open_model',
-           'results_table']
+           'local_rows', 'read_rows', 'load_items', 'Result', 'evaluate', 'open_model', 'results_table']
 
 # %% ../../nbs/62_evaluate.benchmarks.ipynb #934ac29f
 import csv
-import hashlib
 import json
 import math
 import re
@@ -27,7 +25,8 @@ import pandas as pd
 import torch
 
 from ..data.tokenizers import Tokenizer
-from ..foundation import StlmError, atomic_file, bits_of, cache_folder, did_you_mean, fingerprint, progress
+from .kept import keep_table, model_fingerprint, read_table
+from ..foundation import StlmError, bits_of, cache_folder, did_you_mean, fingerprint, progress
 from ..config import Precision
 from ..hardware import pick_device, pick_precision
 from ..infer.scoring import SCORER, score
@@ -464,17 +463,6 @@ class Result:
         return figures | {"chance": float(table["chance"].mean()), "n_items": len(table), "n_truncated": int(table["truncated"].sum())}
 
 # %% ../../nbs/62_evaluate.benchmarks.ipynb #2d68a1e4
-def model_fingerprint(model: LanguageModel, # in any format, on any device
-                      tokenizer: Tokenizer
-                      ) -> str:             # 16 hexadecimal digits
-    "Name a model by its weights, its configuration and its tokenizer."
-    digest = hashlib.sha256(f"{model.config!r} {tokenizer.fingerprint}".encode())
-    for name, tensor in sorted(model.state_dict().items()):
-        digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
-        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
-    return digest.hexdigest()[:16]
-
-
 def _device(model: LanguageModel) -> torch.device:
     return next(model.parameters()).device
 
@@ -509,18 +497,6 @@ def _score_portion(model: LanguageModel,
                          | {"truncated": any(each.truncated for each in choices)} for choices in scored])
 
 # %% ../../nbs/62_evaluate.benchmarks.ipynb #9cb2c6c1
-def _read(path: Path) -> pd.DataFrame | None: # None for a file that is not there, or not whole
-    try:
-        return pd.read_parquet(path)
-    except (OSError, ValueError):
-        return None
-
-
-def _write(path: Path, table: pd.DataFrame) -> None: # whole, or not at all
-    with atomic_file(path) as temporary:
-        table.to_parquet(temporary, index=False)
-
-
 def _scored(model: LanguageModel,
             tokenizer: Tokenizer,
             items: list[Item],
@@ -534,11 +510,11 @@ def _scored(model: LanguageModel,
     with progress(description=title, total=len(items), unit=" questions", disable=not show_progress) as bar:
         for number, portion in enumerate(_portions(items)):
             path = parts / f"{number:05}.parquet" if parts else None
-            table = _read(path) if path else None
+            table = read_table(path) if path else None
             if table is None or len(table) != len(portion):
                 table = _score_portion(model, tokenizer, portion, dtype)
                 if path:
-                    _write(path, table)
+                    keep_table(path, table)
             tables.append(table)
             bar.update(len(portion))
     return pd.concat(tables, ignore_index=True)
@@ -560,13 +536,13 @@ def evaluate(model: LanguageModel,
     rounded = [] if dtype == torch.float32 else [str(dtype)]
     name = fingerprint([model_fingerprint(model, tokenizer), SCORER, task.name, task.version, limit, data, *rounded])
     path = Path(folder) / f"{task.name}-{name}.parquet" if folder else None
-    table = _read(path) if path else None
+    table = read_table(path) if path else None
     is_new = table is None
     if table is None:
         parts = path.with_name(f".{path.stem}") if path else None
         table = _judged(task, items, _scored(model, tokenizer, items, parts, task.name, dtype, show_progress))
         if path and parts:
-            _write(path, table)
+            keep_table(path, table)
             shutil.rmtree(parts, ignore_errors=True)
     return Result(task, items, table, is_new, limit, data, str(dtype).removeprefix("torch."), path)
 
