@@ -139,7 +139,7 @@ def _measure(name: str, corpus: str | None, split: str, max_bytes: int, stride: 
         raise StlmError(f"{name} is no run's folder, so no text is held out for it; name a text with --corpus, such as file:PATH or pydocs")
     model, tokenizer, folder = open_model(name, device)  # first, for it may take minutes to prepare a text
     texts, source, label = _text(corpus, max_bytes) if corpus else _held_out(name, split, max_bytes)
-    bits = bits_per_byte(model, tokenizer, texts, stride=stride or None, show_progress=True)
+    bits = bits_per_byte(model, tokenizer, texts, stride=stride or None, folder=folder / "evaluations", show_progress=True)
     figures = bits.summary()
     interval = "{:.4f} to {:.4f} at 95% over documents, ".format(*figures["interval"]) if figures["interval"] else ""
     part = f" ({source['split']})" if source["split"] else ""

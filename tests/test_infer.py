@@ -15,7 +15,7 @@ from stlm.evaluate.bits import bits_per_byte, ratio_interval
 from stlm.evaluate.progression import make_items, progression
 from stlm.foundation import StlmError
 from stlm.infer.generate import Sampling, generate, steps, stream
-from stlm.infer.scoring import score, token_logprobs
+from stlm.infer.scoring import score, score_symbols, token_logprobs
 from stlm.model.lm import LanguageModel
 
 CONTEXT = 48
@@ -126,6 +126,21 @@ def test_what_is_shared_changes_no_score_of_bytes(changes: dict) -> None:
     torch.manual_seed(0)
     config = ModelConfig(vocab_size=257, context=CONTEXT, n_layers=2, d_model=32, n_heads=4, n_kv_heads=2, d_ff=64, init_std=0.3)
     check_sharing(LanguageModel(replace(config, **changes)), open_tokenizer(DataConfig(tokenizer="bytes")))
+
+
+def test_of_symbols_as_probable_as_each_other_greedy_decoding_writes_the_first(model: LanguageModel, tokenizer: Tokenizer) -> None:
+    last = tokenizer.vocab_size - 1
+
+    def written(*symbols: int) -> list[bool]:
+        return [bool(each.greedy[0]) for each in score_symbols(model, [[5, symbol] for symbol in symbols], [1] * len(symbols))]
+
+    with torch.no_grad():
+        width = model.eval().hidden(torch.tensor([[5]]))[0, 0]
+        model.head_weight.zero_()  # every symbol is as probable as every other
+        assert written(0, 1, last) == [True, False, False]
+        largest = width.abs().argmax()
+        model.head_weight[[3, 7, last], largest] = width.sign()[largest]  # three are better, by one product each
+    assert written(0, 3, 7, last) == [False, True, False, False]
 
 
 def test_a_score_agrees_with_bits_per_byte(model: LanguageModel, tokenizer: Tokenizer) -> None:

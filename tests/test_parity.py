@@ -149,10 +149,12 @@ def test_what_cannot_be_compared_is_named(samples: Path, tmp_path: Path) -> None
 
 
 def test_a_difference_between_the_two_ways_is_noticed() -> None:
-    same = {"largest difference": 1e-6, "ties": 0, "acc": 0.5, "acc lm-eval": 0.5}
+    same = {"questions": 10, "other strings": 0, "largest difference": 1e-6, "ties": 0, "acc": 0.5, "acc lm-eval": 0.5}
     rows = {"same": {}, "far": {"largest difference": 2e-4}, "unknown": {"largest difference": math.nan}, "other": {"acc": 0.6},
-            "tied": {"acc": 0.6, "ties": 1}, "normed": {"acc_norm": 0.3, "acc_norm lm-eval": 0.4}}
-    assert unequal(pd.DataFrame([{"task": name} | same | row for name, row in rows.items()])) == ["far", "unknown", "other", "normed"]
+            "tied": {"acc": 0.6, "ties": 1}, "more than tied": {"acc": 0.7, "ties": 1}, "strings": {"other strings": 1},
+            "normed": {"acc_norm": 0.3, "acc_norm lm-eval": 0.4}}
+    expected = ["far", "unknown", "other", "more than tied", "strings", "normed"]
+    assert unequal(pd.DataFrame([{"task": name} | same | row for name, row in rows.items()])) == expected
 
 
 def in_jsonl(path: Path) -> list[dict]:

@@ -145,6 +145,18 @@ def test_a_fingerprint_names_the_whole_configuration(tmp_path: Path) -> None:
     assert prints["one"] == prints["moved"] and len(set(prints.values())) == 3
 
 
+def test_a_fingerprint_names_the_whole_tokenizer(tmp_path: Path) -> None:
+    tiny("Llama").save_pretrained(tmp_path / "one")
+    save_tokenizer(tmp_path / "one", None)
+    whole = json.loads((tmp_path / "one" / "tokenizer.json").read_text())
+    shutil.copytree(tmp_path / "one", tmp_path / "split")
+    parts = [{"type": "Punctuation", "behavior": "Isolated"}, whole["pre_tokenizer"]]
+    whole["pre_tokenizer"] = {"type": "Sequence", "pretokenizers": parts}
+    (tmp_path / "split" / "tokenizer.json").write_text(json.dumps(whole))
+    one, split = (load_reference(tmp_path / name) for name in ("one", "split"))
+    assert one[1].inner.get_vocab() == split[1].inner.get_vocab() and model_fingerprint(*one) != model_fingerprint(*split)
+
+
 def test_a_models_own_code_is_not_run(folder: Path) -> None:
     marker = folder / "ran"
     (folder / "own.py").write_text(f"open({str(marker)!r}, 'w')\n")

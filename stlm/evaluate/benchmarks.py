@@ -25,7 +25,7 @@ import pandas as pd
 import torch
 
 from ..data.tokenizers import Tokenizer
-from .kept import keep_table, model_fingerprint, read_table
+from .kept import keep_table, kept, model_fingerprint, portions_of, read_table
 from ..foundation import StlmError, bits_of, cache_folder, did_you_mean, fingerprint, progress
 from ..config import Precision
 from ..hardware import pick_device, pick_precision
@@ -247,7 +247,7 @@ TASKS = {task.name: task for task in (
          note="the same by the words of the answer"),
     Task("winogrande_sentence", _WINOGRANDE, _winogrande_sentence, note="the same by the whole sentence"),
     Task("piqa", Source("baber/piqa", None, "validation", "piqa_val"), _piqa, ("acc", "acc_norm"), note="what one does with things"),
-    Task("lambada", Source("EleutherAI/lambada_openai", "default", "test", "lambada_test"), _lambada, ("acc", "perplexity"),
+    Task("lambada", Source("EleutherAI/lambada_openai", "default", "test", "lambada_test"), _lambada, ("acc", "perplexity"), version=2,
          note="the last word of a passage"),
 )}
 FIVE = ("blimp", "hellaswag", "arc_easy", "winogrande", "mmlu") # what a report card shows
@@ -509,13 +509,8 @@ def _scored(model: LanguageModel,
     tables = []
     with progress(description=title, total=len(items), unit=" questions", disable=not show_progress) as bar:
         for number, portion in enumerate(_portions(items)):
-            path = parts / f"{number:05}.parquet" if parts else None
-            table = read_table(path) if path else None
-            if table is None or len(table) != len(portion):
-                table = _score_portion(model, tokenizer, portion, dtype)
-                if path:
-                    keep_table(path, table)
-            tables.append(table)
+            path = parts / f"{number:05}-{len(portion)}.parquet" if parts else None
+            tables.append(kept(path, partial(_score_portion, model, tokenizer, portion, dtype)))
             bar.update(len(portion))
     return pd.concat(tables, ignore_index=True)
 
@@ -539,7 +534,7 @@ def evaluate(model: LanguageModel,
     table = read_table(path) if path else None
     is_new = table is None
     if table is None:
-        parts = path.with_name(f".{path.stem}") if path else None
+        parts = portions_of(path)
         table = _judged(task, items, _scored(model, tokenizer, items, parts, task.name, dtype, show_progress))
         if path and parts:
             keep_table(path, table)

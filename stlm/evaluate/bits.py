@@ -7,9 +7,10 @@ __all__ = ['ratio_interval', 'Bits', 'bits_per_byte', 'bits_by_window', 'domain_
 
 # %% ../../nbs/60_evaluate.bits.ipynb #aacf453b
 import math
+import shutil
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, fields
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from numpy.typing import ArrayLike
 from scipy import stats
 
 from ..data.tokenizers import Tokenizer
-from .kept import keep_table, model_fingerprint, read_table
+from .kept import kept, model_fingerprint, portions_of
 from ..foundation import StlmError, bits_of, fingerprint, progress
 from ..infer.scoring import SCORER, Predictor, check_pair, token_logprobs, windows
 
@@ -43,12 +44,13 @@ def ratio_interval(totals: ArrayLike,            # of each unit, such as the nat
                    resamples: int | None = None, # None = as many as take a moment, 2,000 or more
                    seed: int = 0
                    ) -> tuple[float, float]:     # lowest and highest
-    "Bootstrap interval of a ratio of sums over units, wide enough for few of them; without bounds for fewer than two that have a size."
+    "Bootstrap interval of a ratio of sums over units, wide enough for few of them; without bounds for fewer than two, or if none differs."
     if not 0 < confidence < 1:
         raise StlmError(f"confidence={confidence!r} is not possible; allowed: between 0 and 1")
     units = np.stack([np.asarray(totals, float), np.asarray(sizes, float)], axis=1)
-    n = int((units[:, 1] > 0).sum())
-    if n < 2:
+    ratios = units[units[:, 1] > 0, 0] / units[units[:, 1] > 0, 1]
+    n = len(ratios)
+    if n < 2 or (ratios[0] and np.ptp(ratios) == 0):  # drawn again, units that do not differ would look like certainty
         return -math.inf, math.inf
     kinds, counts = np.unique(units, axis=0, return_counts=True)
     drawn = _drawn(kinds, counts, resamples or int(np.clip(2**21 // len(kinds), 2_000, 100_000)), seed)
@@ -178,6 +180,9 @@ def _table(documents: list[np.ndarray], # (n + 2,) raw bytes of each symbol of a
     return symbols.groupby(["document", "seen_from"], as_index=False).sum()
 
 # %% ../../nbs/60_evaluate.bits.ipynb #732f42e2
+_VERSION = 1  # raise it whenever the same costs would make another table
+
+
 def bits_per_byte(model: Predictor,
                   tokenizer: Tokenizer,            # the model's own
                   texts: Iterable[str],            # raw documents; each is scored by itself
@@ -190,15 +195,14 @@ def bits_per_byte(model: Predictor,
     "Exact bits per byte over documents, ends included. Raises `StlmError` for texts without a byte and impossible windows."
     check_pair(model, tokenizer)
     window, stride = _check_windows(model, window, stride)
-    if folder is None:
-        return _summary(_measured(model, tokenizer, texts, window, stride, max_tokens_in_batch, show_progress), window, stride)
-    texts = list(texts)
-    path = Path(folder) / f"bits-{fingerprint([model_fingerprint(model, tokenizer), SCORER, window, stride, texts])}.parquet"
-    if (table := read_table(path)) is not None:
-        return _summary(table, window, stride)
-    bits = bits_per_byte(model, tokenizer, texts, window, stride, max_tokens_in_batch, None, show_progress)
-    keep_table(path, bits.table)
-    return bits
+    path = None
+    if folder is not None and any(texts := list(texts)):
+        path = Path(folder) / f"bits-{fingerprint([model_fingerprint(model, tokenizer), SCORER, _VERSION, window, stride, texts])}.parquet"
+    parts = portions_of(path)
+    table = kept(path, lambda: _measured(model, tokenizer, texts, window, stride, max_tokens_in_batch, parts, show_progress))
+    if parts:
+        shutil.rmtree(parts, ignore_errors=True)
+    return _summary(table, window, stride)
 
 
 def _measured(model: Predictor,
@@ -207,18 +211,24 @@ def _measured(model: Predictor,
               window: int,
               stride: int,
               max_tokens_in_batch: int | None,
+              parts: Path | None,  # folder for the groups; what is there already is taken from there
               show_progress: bool
-              ) -> pd.DataFrame: # as `Bits.table`
-    tables, done = [], 0
+              ) -> pd.DataFrame:   # as `Bits.table`
+    def of_group(group: list[str], before: int) -> pd.DataFrame:
+        encoded = _encode(tokenizer, group, before)
+        costs = _costs(model, encoded, window, stride, max_tokens_in_batch)
+        return _table([tokenizer.token_bytes[symbols] for symbols in encoded], costs, before, window, stride)
+
+    tables, done, size = list[pd.DataFrame](), 0, 0
     with progress(description="bits per byte", unit="B", disable=not show_progress) as bar:
         for group in _groups(texts):
-            encoded = _encode(tokenizer, group, done)
-            costs = _costs(model, encoded, window, stride, max_tokens_in_batch)
-            tables.append(_table([tokenizer.token_bytes[symbols] for symbols in encoded], costs, done, window, stride))
-            done += len(group)
-            bar.update(int(tables[-1]["n_bytes"].sum()))
-    if not tables:
-        raise StlmError("no documents, so there is nothing to measure")
+            path = parts / f"{done:09}-{len(group)}.parquet" if parts else None
+            tables.append(kept(path, partial(of_group, group, done)))
+            read = int(tables[-1]["n_bytes"].sum())
+            done, size = done + len(group), size + read
+            bar.update(read)
+    if not size:
+        raise StlmError(f"{done} documents without a single byte; there is nothing to measure")
     return pd.concat(tables, ignore_index=True)
 
 
@@ -234,11 +244,9 @@ def _check_windows(model: Predictor, window: int | None, stride: int | None) -> 
 
 
 def _summary(table: pd.DataFrame, window: int, stride: int) -> Bits:
-    n_bytes, n_documents = int(table["n_bytes"].sum()), table["document"].nunique()
-    if n_bytes == 0:
-        raise StlmError(f"{n_documents} documents without a single byte; there is nothing to measure")
-    return Bits(nats=float(table["nats"].sum()), end_nats=float(table["end_nats"].sum()), n_bytes=n_bytes,
-                n_tokens=int(table["n_tokens"].sum()), n_documents=n_documents, window=window, stride=stride, table=table)
+    sums = table[["nats", "end_nats", "n_bytes", "n_tokens"]].sum()
+    return Bits(float(sums["nats"]), float(sums["end_nats"]), int(sums["n_bytes"]), int(sums["n_tokens"]), table["document"].nunique(),
+                window, stride, table)
 
 # %% ../../nbs/60_evaluate.bits.ipynb #b57f1e40
 def bits_by_window(model: Predictor,
@@ -262,7 +270,7 @@ def domain_table(result: Bits,           # from `bits_per_byte`
     if len(domains) != result.n_documents:
         raise StlmError(f"{len(domains)} labels for {result.n_documents} documents; every document needs one")
     kinds = {str(kind): _summary(table, result.window, result.stride)
-             for kind, table in result.table.groupby(np.asarray(domains)[result.table["document"]], sort=True)}
+             for kind, table in result.table.groupby(np.array([str(domain) for domain in domains])[result.table["document"]], sort=True)}
     rows = [(kind, part.n_documents, part.n_bytes, part.bits_per_byte, *(part.interval() if part.n_documents > 1 else (math.nan, math.nan)))
             for kind, part in [*kinds.items(), ("all", result)]]
     return pd.DataFrame(rows, columns=["domain", "documents", "n_bytes", "bits_per_byte", "low", "high"])

@@ -347,10 +347,14 @@ def _compared(result: Result, theirs: pd.DataFrame, accuracies: dict[str, float]
 
 def unequal(table: pd.DataFrame # from `parity`
             ) -> list[str]:     # names of tasks
-    "Where a log-probability differs by more than 1e-4, or an accuracy differs though no two choices are as probable."
+    "Where the strings are others, a log-probability differs by more than 1e-4, or an accuracy by more than ties of choices explain."
     metrics = [name.removesuffix(" lm-eval") for name in table.columns if name.endswith(" lm-eval")]
-    return [row["task"] for _, row in table.iterrows() if not row["largest difference"] <= 1e-4 or (
-        not row["ties"] and any(abs(row[metric] - row[f"{metric} lm-eval"]) > 1e-9 for metric in metrics))]
+
+    def is_equal(row: pd.Series) -> bool:
+        gap = max((abs(row[metric] - row[f"{metric} lm-eval"]) for metric in metrics if row[metric] == row[metric]), default=0)
+        return not row["other strings"] and row["largest difference"] <= 1e-4 and gap <= row["ties"] / row["questions"] + 1e-9
+
+    return [row["task"] for _, row in table.iterrows() if not is_equal(row)]
 
 
 def parity(model: LanguageModel,                      # or a `ReferenceModel`

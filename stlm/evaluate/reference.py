@@ -58,7 +58,8 @@ class ReferenceTokenizer(Tokenizer):
         self._pieces = [found.get(number, b"") for number in range(vocab_size)]
         self.token_bytes = np.array([len(piece) for piece in self._pieces], dtype=np.int64)
         self.dtype = np.uint16 if vocab_size <= 2**16 else np.uint32
-        self.fingerprint = fingerprint([sorted(inner.get_vocab().items()), between, list(self.opening)])
+        whole = json.loads(inner.backend_tokenizer.to_str()) if inner.is_fast else sorted(inner.get_vocab().items())
+        self.fingerprint = fingerprint([whole, between, self.end_id, list(self.opening)])
 
     def _cut(self, documents: list[str]) -> list[np.ndarray]:
         if not documents:

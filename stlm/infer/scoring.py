@@ -142,7 +142,7 @@ def _right_padded(sequences: Sequence[Symbols], padding: int) -> Tensor:
 class SymbolScores:
     "What the model thinks of a run of symbols."
     logprobs: np.ndarray # (n,) float32, nats
-    greedy: np.ndarray   # (n,) bool: no other symbol was more probable
+    greedy: np.ndarray   # (n,) bool: greedy decoding would write it
 
 
 def _places_at_once(model: Predictor) -> int:
@@ -156,17 +156,21 @@ def _pick(model: Predictor,
           vectors: np.ndarray, # (N,) the vector of each target, in ascending order
           targets: Tensor      # (N,) symbols
           ) -> tuple[Tensor, Tensor]: # (N,) nats, (N,) bool
-    "Log-probabilities of the targets, and whether no other symbol was more probable."
+    "Log-probabilities of the targets, and whether greedy decoding would write them."
     n = _places_at_once(model)
     logprobs, greedy = [], []
     for start in range(0, len(hidden), n):
         low, high = np.searchsorted(vectors, (start, start + n))
         row = torch.as_tensor(vectors[low:high] - start).to(hidden.device)
         logits = model.logits(hidden[start:start + n]).float()  # (n, V)
-        target, best = logits[row, targets[low:high]], logits.amax(1)
-        log_z = logits.sub_(best[:, None]).exp_().sum(1).log_().add_(best)
-        logprobs.append(target - log_z[row])
-        greedy.append(target >= best[row])
+        symbols, best = targets[low:high], logits.amax(1)
+        target = logits[row, symbols]
+        shares = logits.sub_(best[:, None]).exp_()  # of the best one's probability
+        total, chosen = shares.sum(1), target >= best[row]
+        unsure = torch.nonzero(chosen & (total[row] >= 2)).flatten()  # others may be as probable: greedy decoding takes the first
+        chosen[unsure] = shares[row[unsure]].argmax(1) == symbols[unsure]
+        logprobs.append(target - total.log_().add_(best)[row])
+        greedy.append(chosen)
     return torch.cat(logprobs), torch.cat(greedy)
 
 
@@ -306,7 +310,7 @@ def _pieces(context: list[int], continuation: list[int], window: int) -> tuple[l
 class Score:
     "How probable a continuation is, given its context."
     logprob: float    # nats
-    greedy: bool      # every symbol was the most probable one
+    greedy: bool      # greedy decoding would write it
     n_tokens: int     # symbols that were scored
     n_bytes: int      # raw UTF-8 bytes of the continuation as it was given
     n_characters: int # characters of the continuation as it was given

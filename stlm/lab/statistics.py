@@ -111,13 +111,18 @@ def p_over_items(first: ArrayLike,                # score of each item under the
     return float(stats.binomtest(better, differ).pvalue - as_extreme * stats.binom.pmf(better, differ, 0.5) / 2)
 
 # %% ../../nbs/65_lab.statistics.ipynb #15b6f662
+def _say_nothing(gaps: np.ndarray) -> bool: # (S,)
+    "Whether they do not show how far seeds lie apart; that nothing ever changes may be said."
+    return len(gaps) < 2 or bool(gaps[0] != 0 and np.ptp(gaps) == 0)
+
+
 def difference_over_seeds(first: ArrayLike,        # a figure of the first arm, one value a seed, (S,)
                           second: ArrayLike,       # the same figure of the second arm, in the same order, (S,)
                           confidence: float = 0.95
                           ) -> Difference:
-    "Paired t interval over seeds. With one seed the interval is unbounded: nothing can be claimed."
+    "Paired t interval over seeds. Unbounded, since nothing can be claimed, for one seed and for several with the very same difference."
     gaps = _gaps(first, second)
-    if len(gaps) < 2:
+    if _say_nothing(gaps):
         return Difference(float(gaps.mean()), -math.inf, math.inf, confidence)
     half = stats.t.ppf((1 + confidence) / 2, len(gaps) - 1) * gaps.std(ddof=1) / math.sqrt(len(gaps))
     return Difference(float(gaps.mean()), float(gaps.mean() - half), float(gaps.mean() + half), confidence)
@@ -126,9 +131,9 @@ def difference_over_seeds(first: ArrayLike,        # a figure of the first arm, 
 def p_over_seeds(first: ArrayLike,  # a figure of the first arm, one value a seed, (S,)
                  second: ArrayLike  # the same figure of the second arm, in the same order, (S,)
                  ) -> float:        # two-sided
-    "How probable a mean difference this large is between equals: paired t test. 1 for a single seed, which proves nothing."
+    "How probable a mean difference this large is between equals: paired t test. 1 where seeds show no spread, which proves nothing."
     gaps = _gaps(first, second)
-    return float(stats.ttest_1samp(gaps, 0).pvalue) if len(gaps) > 1 and gaps.any() else 1.0
+    return 1.0 if _say_nothing(gaps) or not gaps.any() else float(stats.ttest_1samp(gaps, 0).pvalue)
 
 # %% ../../nbs/65_lab.statistics.ipynb #3b043d50
 def together(confidence: float, # with which all intervals shall hold together
