@@ -273,6 +273,49 @@ def test_memory_does_not_grow_with_the_corpus(cache):
     assert peaks[1] - peaks[0] < 3, peaks
 
 
+LONG_LINES = """import sys
+from pathlib import Path
+from stlm.data.corpora import open_corpus
+
+size = sum(map(len, open_corpus(f"file:{sys.argv[1]}").documents()))
+print(size, Path("/proc/self/status").read_text().partition("VmHWM:")[2].split()[0])"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="/proc tells the peak of memory")
+@pytest.mark.parametrize("ending", ["txt", "jsonl"])
+def test_long_documents_are_read_one_at_a_time(cache, tmp_path, ending):
+    "Eighty books of 400 kB, each in a line: read together they would take 32 MB and more."
+    peaks = []
+    for books in (4, 80):
+        lines = [f"{number} " + "A book in a single line. " * 16_000 for number in range(books)]
+        path = tmp_path / f"{books}.{ending}"
+        path.write_text("\n\n".join(lines) if ending == "txt" else "\n".join(json.dumps({"text": line}) for line in lines))
+        size, peak = map(int, subprocess.check_output([sys.executable, "-c", LONG_LINES, str(path)]).split())
+        assert size == sum(map(len, lines))
+        peaks.append(peak / 1024)
+    assert peaks[1] - peaks[0] < 8, peaks
+
+
+def test_text_that_changes_while_it_is_read_is_not_kept(cache, tmp_path, monkeypatch):
+    path = tmp_path / "growing.txt"
+    text = "\n<|endoftext|>\n".join(topics.values())
+    path.write_text(text)
+    config, read = DataConfig(**settings_for(f"file:{path}", "bytes")), split_documents
+
+    def changed(*arguments):
+        path.write_text(text.replace("the", "THE"))
+        return read(*arguments)
+
+    monkeypatch.setattr(shards, "split_documents", changed)
+    with pytest.raises(StlmError, match=r"growing\.txt was changed while it was read; prepare it again"):
+        prepare(config, show_progress=False)
+    assert not [folder for folder in (cache / "data").iterdir() if folder.is_dir()]
+    monkeypatch.setattr(shards, "split_documents", read)
+    path.write_text(text)
+    dataset = prepare(config, show_progress=False)
+    assert "THE " not in "".join(dataset.split("train").documents(dataset.tokenizer))
+
+
 def test_rivals_both_end_well(cache, corpus):
     "Two processes that prepare the same data at once both succeed, and one finds what the other built."
     values = settings_for(corpus, "bytes")

@@ -2,6 +2,7 @@
 
 import math
 import os
+import pkgutil
 import random
 import resource
 import shutil
@@ -30,6 +31,7 @@ from stlm.evaluate.bits import bits_per_byte
 from stlm.foundation import StlmError, file_sha256
 from stlm.infer.generate import generate
 from stlm.lab.studies import score_run
+from stlm.lab.watch import watchers
 from stlm.model.accounting import account, training_memory
 from stlm.pretrained import from_pretrained
 from stlm.train import loop
@@ -182,7 +184,8 @@ def test_out_of_memory(overrides, tmp_path, sizes, advice):
 
 def test_memory_that_will_not_do(overrides, tmp_path, monkeypatch):
     config = preset("stlm-10m", {"train.device": "cpu", "train.precision": "fp32"})
-    needed = training_memory(config.model, config.train.batch_size, config.train.accumulation, torch.float32).peak
+    memory = training_memory(config.model, config.train.batch_size, config.train.accumulation, torch.float32)
+    needed = memory.peak + memory.weights + memory.optimizer  # a checkpoint is written from a copy
     for free, words in ((0.9 * needed, f"needs about {needed / 1e9:.1f} GB"), (1.1 * needed, ""), (100 * needed, "")):
         monkeypatch.setattr("stlm.train.loop.free_memory_bytes", partial(float, free))
         with warnings.catch_warnings(record=True) as caught:
@@ -202,6 +205,28 @@ def test_no_compiler(project, overrides, tmp_path, monkeypatch):
     last = errors.strip().splitlines()[-1]
     assert last.startswith("stlm: torch.compile failed (InvalidCxxCompiler: No working C++ compiler found")
     assert last.endswith("; begin a new run with --set train.compile=off")
+
+
+@pytest.mark.parametrize(("name", "asks"), [("samples", "stlm.lab.watch.generate"), ("statistics", "stlm.lab.dynamics.norm")])
+def test_who_waits_for_the_device_takes_no_time_from_training(overrides, tmp_path, monkeypatch, name, asks):
+    "A device as a queue: a step adds 50 ms of work to it and returns at once, and what asks for a number waits for all of it."
+    idle_from, do, ask = 0.0, loop.train_step, pkgutil.resolve_name(asks)
+
+    def queued(*arguments):
+        nonlocal idle_from
+        done = do(*arguments)
+        idle_from = max(idle_from, time.perf_counter()) + 0.05
+        return done
+
+    def wait(device=None):
+        time.sleep(max(0.0, idle_from - time.perf_counter()))
+
+    monkeypatch.setattr(loop, "train_step", queued)
+    monkeypatch.setattr(loop, "synchronize", wait)
+    monkeypatch.setattr(asks, lambda *arguments, **options: (wait(), ask(*arguments, **options))[1])
+    config = preset("demo-bpe", tiny_run(overrides["data.corpus"]) | {"train.steps": 20, "train.log_every": 20})
+    run = train(config, tmp_path / "run", show_progress=False, watchers=watchers(f"{name}:2"))
+    assert run.metrics["train_seconds"] > 0.9 * 20 * 0.05
 
 
 def test_two_processes_on_one_folder(overrides, tmp_path):

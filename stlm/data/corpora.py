@@ -37,6 +37,7 @@ from functools import partial
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
+import fsspec
 import zstandard
 
 from ..config import DataConfig
@@ -248,7 +249,6 @@ def _reading(source: str) -> Iterator[None]:
 def _stream(kind: str, file: Path, **options: Any) -> Iterator["datasets.IterableDataset"]:
     "Open a file with one of the loaders of `datasets`, under a plain name: it takes brackets in a path for patterns or addresses."
     import datasets
-    import fsspec
     compression = next((ending for ending in _COMPRESSIONS if file.name.lower().endswith(ending)), "")
     with tempfile.TemporaryDirectory() as folder:
         plain = Path(folder) / f"file{_format(file)}"
@@ -262,10 +262,9 @@ def _stream(kind: str, file: Path, **options: Any) -> Iterator["datasets.Iterabl
 
 
 def _lines(file: Path) -> Iterator[str]:
-    "Lines of a text file, each with its line break, in batches that bound the memory."
-    with _stream("text", file, keep_linebreaks=True) as dataset:
-        for table in dataset.with_format("arrow").iter(batch_size=8192):
-            yield from table["text"].to_pylist()
+    "Lines of a text file, each with its line break, one at a time: a book in a row of JSON may be megabytes long."
+    with fsspec.open(str(file), "rt", encoding="utf-8", compression="infer") as lines:
+        yield from lines
 
 # %% ../../nbs/10_data.corpora.ipynb #8dd54f71
 LONGEST_DOCUMENT = 2 ** 23  # characters of a text file, then it is cut: War and Peace has 3.2 million

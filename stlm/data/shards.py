@@ -545,6 +545,10 @@ def _build(folder: Path, documents: Iterable[tuple[str, str]], tokenizer: Tokeni
             if not manifest["splits"][split]["documents"]:
                 shutil.rmtree(work)
                 raise StlmError(_empty(split, about))
+        if open_corpus(about["corpus"]["name"]).fingerprint != about["corpus"]["fingerprint"]:
+            shutil.rmtree(work)
+            raise StlmError(f"data.corpus={about['corpus']['name']} was changed while it was read; prepare it again when nothing "
+                            "writes to it any more")
         manifest["fingerprint"] = folder.name
         write_json(unfinished / "manifest.json", manifest | {"self": fingerprint(manifest)})
 

@@ -90,6 +90,7 @@ class Statistics(Watcher):
 
     def stepping(self) -> None:
         if self.trainer.progress.step % self.interval == 0:
+            self.trainer.settle()  # what the device still has to do is time of training
             self.before = {part: [p.detach().clone() for p in parameters] for part, parameters in self.parts.items()}
             self.activations = self._look()
 
@@ -103,6 +104,7 @@ class Statistics(Watcher):
 
     def stepped(self) -> None:
         if self.before is not None:
+            self.trainer.settle()
             line = self._compare(self.before)
             self.before = None  # the copies are freed before anything else happens
             self.trainer.note("statistics", line)

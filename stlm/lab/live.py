@@ -167,6 +167,7 @@ class Live(Watcher):
 
     def _draw(self) -> None: # all that changes while the run goes on
         assert self.trainer is not None
+        self.trainer.settle()  # what the device still has to do is time of training, not of drawing
         step, start = self.trainer.progress.step, time.monotonic()
         self.bar.value = step
         self._renew_picture()

@@ -43,6 +43,7 @@ class Samples(Watcher):
 
     def _write(self) -> None:
         model, tokenizer = self.trainer.model, self.trainer.dataset.tokenizer
+        self.trainer.settle()  # what the device still has to do is time of training
         with self.trainer.scored_weights():
             texts = [generate(model, tokenizer, prompt, max_tokens=self.max_tokens, temperature=self.temperature, seed=seed)
                      for seed, prompt in enumerate(self.prompts)]

@@ -147,10 +147,11 @@ def warn_of_memory(config: RunConfig,
         return
     free = free_memory_bytes() / int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     symbols = own.batch_size // own.accumulation * model.context
-    if 16 * account(model).unique_parameters + symbols * model.n_layers * model.d_model * _BYTES_OF_A_CHANNEL < free:
+    if 28 * account(model).unique_parameters + symbols * model.n_layers * model.d_model * _BYTES_OF_A_CHANNEL < free:
         return
     dtype = pick_precision(own.precision, device)
-    needed = training_memory(model, own.batch_size, own.accumulation, dtype, checkpointing=own.checkpoint_activations).peak
+    memory = training_memory(model, own.batch_size, own.accumulation, dtype, checkpointing=own.checkpoint_activations)
+    needed = memory.peak + memory.weights + memory.optimizer  # the last two once more, as the copy that a checkpoint is written from
     if needed > free:
         warnings.warn(f"a step needs about {needed / 1e9:.1f} GB where {free / 1e9:.1f} GB are free, so the system may end the run without "
                       f"a word: {_less_memory(config, world.size)}", stacklevel=2)
@@ -645,12 +646,12 @@ def steps_in_time(config: RunConfig, # with `train.seconds`
     known = run.pace["steps"] if world.is_first and run.pace else 0
     if known := world.sums(known)[0]:
         return known
-    probe = Trainer(replace(config, train=replace(config.train, seconds=0, steps=PACE_STEPS + 3)), run, dataset, False, world=world)
+    probe = Trainer(replace(config, train=replace(config.train, seconds=0, steps=PACE_STEPS)), run, dataset, False, world=world)
     probe.warm_up()
     _seconds_of(probe, range(3))
     rounds: list[float] = []  # seconds
     while sum(rounds) < PACE_SHARE * config.train.seconds:
-        rounds.append(world.sums(_seconds_of(probe, range(3, PACE_STEPS + 3)))[0] / world.size)
+        rounds.append(world.sums(_seconds_of(probe, range(PACE_STEPS)))[0] / world.size)
     pace = statistics.fmean(rounds[len(rounds) // 2:]) / PACE_STEPS  # the later half: the beginning of a trial may be slower
     steps = max(1, int(config.train.seconds / pace))
     if world.is_first:
