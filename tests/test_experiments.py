@@ -200,20 +200,37 @@ def test_the_race(project, overrides):
     common = {field: value for field, value in overrides.items() if field.startswith("data.")} | {"data.valid_fraction": 0.25}
     common |= {"data.tokenizer": "bytes", "model.context": 64, "model.n_layers": 1, "train.compile": "off"}
     arms = ["the recipe", "with n-grams"]
-    code, _, errors = stlm("report", "race", *given({"corpus": overrides["data.corpus"], "seconds": 2, "score_bytes": 3000,
-                                                     "only": json.dumps(arms), "overrides": json.dumps(common),
-                                                     "more_seeds": json.dumps({"the recipe": [1, 2]})}), cwd=project)
-    assert code == 0, errors[-2000:]
-    results = pd.read_csv(project / "reports" / "race" / "results.csv").set_index("arm")
+    asked = {"corpus": overrides["data.corpus"], "seconds": 2, "score_bytes": 3000, "only": json.dumps(arms),
+             "overrides": json.dumps(common), "more_seeds": json.dumps({"the recipe": [1, 2]})}
+
+    def made():
+        code, _, errors = stlm("report", "race", *given(asked), cwd=project)
+        assert code == 0, errors[-2000:]
+        page = BeautifulSoup((project / "reports" / "race" / "index.html").read_text(), "html.parser").get_text()
+        return pd.read_csv(project / "reports" / "race" / "results.csv").set_index("arm"), page
+
+    results, page = made()
     assert list(results.index) == [*arms, "the recipe", "the recipe"] and list(results["seed"]) == [0, 0, 1, 2]
     assert results["bits_per_byte"].between(1, 12).all()
-    pace = [Run(folder.parent).pace for folder in (project / "runs" / "race").rglob("pace.json")]
-    assert sorted(each["steps"] for each in pace) == sorted(results["steps"])
-    assert all(each["steps"] == max(1, int(2 / each["seconds_per_step"])) for each in pace)
-    page = BeautifulSoup((project / "reports" / "race" / "index.html").read_text(), "html.parser").get_text()
+    runs = [Run(folder.parent) for folder in (project / "runs" / "race").rglob("pace.json")]
+    assert sorted(run.pace["steps"] for run in runs) == sorted(results["steps"])
+    assert all(run.pace["steps"] == max(1, int(2 / run.pace["seconds_per_step"])) for run in runs)
     bits = results.loc["the recipe", "bits_per_byte"]
     assert f"{bits.mean():.3f} bits per byte ({bits.min():.3f} to {bits.max():.3f} with 3 seeds)" in page
-    assert f"over seeds is {bits.std():.4f} (2 degrees of freedom" in page
+    assert f"over seeds is {bits.std():.4f} (2 degrees of freedom" in page and "Not trained: AdamW for all, embeddings" in page
+
+    def measured_as(seconds, peak_flops): # the second arm, by the first one's 2 seconds and 100 GFLOPS
+        for run in runs:
+            is_second = run.config.model.ngram > 0
+            changes = {"train_seconds": seconds if is_second else 2.0, "peak_flops": peak_flops if is_second else 1e11}
+            (run.folder / "metrics.json").write_text(json.dumps(run.metrics | changes))
+        made()
+        return json.loads((project / "reports" / "race" / "report.json").read_text())["verdict"]
+
+    verdict = measured_as(2.0, 1.3e11)
+    assert "so that nothing follows: with n-grams" in verdict and "with +30%" in verdict and "At the same clock" not in verdict
+    verdict = measured_as(2.2, 0.9e11)
+    assert "no part of the race: with n-grams (2)" in verdict and "nothing follows" not in verdict and "At the same clock" not in verdict
 
 
 @pytest.fixture
