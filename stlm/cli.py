@@ -257,7 +257,7 @@ def parity(name: Annotated[str, typer.Argument(metavar="MODEL", help="A run's fo
         print(table.to_string(index=False), flush=True)
         wrong += unequal(table)
     if wrong:
-        raise StlmError(f"{', '.join(wrong)}: log-probabilities differ by more than 1e-4 of their size, or accuracies differ")
+        raise StlmError(f"{', '.join(wrong)}: strings differ, log-probabilities by more than 1e-4, or accuracies by more than ties")
 
 # %% ../nbs/90_cli.ipynb #fd2511cd
 @app.command()
