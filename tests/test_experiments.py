@@ -219,18 +219,12 @@ def test_the_race(project, overrides):
     assert f"{bits.mean():.3f} bits per byte ({bits.min():.3f} to {bits.max():.3f} with 3 seeds)" in page
     assert f"over seeds is {bits.std():.4f} (2 degrees of freedom" in page and "Not trained: AdamW for all, embeddings" in page
 
-    def measured_as(seconds, peak_flops): # the second arm, by the first one's 2 seconds and 100 GFLOPS
-        for run in runs:
-            is_second = run.config.model.ngram > 0
-            changes = {"train_seconds": seconds if is_second else 2.0, "peak_flops": peak_flops if is_second else 1e11}
-            (run.folder / "metrics.json").write_text(json.dumps(run.metrics | changes))
-        made()
-        return json.loads((project / "reports" / "race" / "report.json").read_text())["verdict"]
-
-    verdict = measured_as(2.0, 1.3e11)
-    assert "so that nothing follows: with n-grams" in verdict and "with +30%" in verdict and "At the same clock" not in verdict
-    verdict = measured_as(2.2, 0.9e11)
-    assert "no part of the race: with n-grams (2)" in verdict and "nothing follows" not in verdict and "At the same clock" not in verdict
+    for run in runs:  # as if the machine had slowed down during the second arm
+        metrics = run.metrics | {"train_seconds": 2.2 if run.config.model.ngram else 2.0}
+        (run.folder / "metrics.json").write_text(json.dumps(metrics))
+    made()
+    verdict = json.loads((project / "reports" / "race" / "report.json").read_text())["verdict"]
+    assert "no part of the race: with n-grams (2)" in verdict and "At the same clock" not in verdict
 
 
 @pytest.fixture
