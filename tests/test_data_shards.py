@@ -28,6 +28,8 @@ from stlm.data.shards import TokenSplit, find_damage, prepare, write_splits
 from stlm.data.tokenizers import ByteTokenizer, open_tokenizer
 from stlm.foundation import StlmError, file_sha256
 
+on_linux = pytest.mark.skipif(sys.platform != "linux", reason="/proc tells the peak of memory")
+
 PREPARE = """import sys
 from stlm.config import DataConfig
 from stlm.data import shards
@@ -266,7 +268,7 @@ with tempfile.TemporaryDirectory() as folder:
 print(Path("/proc/self/status").read_text().partition("VmHWM:")[2].split()[0])"""
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="/proc tells the peak of memory")
+@on_linux
 def test_memory_does_not_grow_with_the_corpus(cache):
     "Twelve bytes kept for each document would show as 4 MB, the texts as 25."
     peaks = [int(subprocess.check_output([sys.executable, "-c", MANY_DOCUMENTS, str(count)])) / 1024 for count in (150_000, 450_000)]
@@ -281,7 +283,7 @@ size = sum(map(len, open_corpus(f"file:{sys.argv[1]}").documents()))
 print(size, Path("/proc/self/status").read_text().partition("VmHWM:")[2].split()[0])"""
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="/proc tells the peak of memory")
+@on_linux
 @pytest.mark.parametrize("ending", ["txt", "jsonl"])
 def test_long_documents_are_read_one_at_a_time(cache, tmp_path, ending):
     "Eighty books of 400 kB, each in a line: read together they would take 32 MB and more."
