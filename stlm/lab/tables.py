@@ -35,7 +35,7 @@ def quality_table(table: pd.DataFrame # one row a run
 def cost_table(table: pd.DataFrame,               # one row a run
                speed: pd.DataFrame | None = None, # from `measure_speed`, by arm
                alone: bool = True                 # each run had the machine to itself, so that its times mean something
-               ) -> pd.DataFrame:                 # one row an arm: however many there are, all are shown
+               ) -> pd.DataFrame:                 # one column an arm
     "Parameters, arithmetic, memory and time of the arms."
     means = means_of(table)
     rows = {
@@ -56,4 +56,4 @@ def cost_table(table: pd.DataFrame,               # one row a run
         rows["training bytes per second"] = pd.Series(
             [f"{middle:,.0f} [{low:,.0f} to {high:,.0f}]" for middle, low, high in speed.itertuples(index=False)], speed.index)
         rows[f"speed, {speed.index[0]} = 1"] = ratio.map("{:.2f}".format)
-    return pd.DataFrame(rows).loc[means.index]
+    return pd.DataFrame(rows).loc[means.index].T
