@@ -45,6 +45,11 @@ def nats_and_loss(logits: Tensor,      # (..., V)
 
 # %% ../../nbs/28_model.lm.ipynb #2a8bab73
 MOST_LOGITS = 2 ** 27  # half a gigabyte in float32
+_ALIGNED = 64  # symbols: a GPU's matrix units want rows of logits to begin at a multiple of 16 bytes, which 50,257 symbols do not make
+
+
+def _padded(x: Tensor, rows: int = 0, columns: int = 0) -> Tensor: # with so many more of zeros; copied only where there are any
+    return F.pad(x, (0, columns, 0, rows)) if rows or columns else x
 
 
 def _costs_and_slope(logits: Tensor,  # (N, V) float32, overwritten
@@ -67,14 +72,15 @@ class _InPieces(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, # (N, width), (V, width), (N,)
                 n: int, dtype: torch.dtype, cap: float, z_loss: float) -> Tensor: # (2,)
-        small, weight_slope = weight.to(dtype), torch.zeros_like(weight)
+        vocab, extra = len(weight), -len(weight) % _ALIGNED
+        small, weight_slope = _padded(weight.to(dtype), rows=extra), torch.zeros_like(weight)
         slopes, totals = [], hidden.new_zeros(2, dtype=torch.float32)
         for x, target in zip(hidden.to(dtype).chunk(n), targets.chunk(n), strict=True):
-            nats, loss, slope = _costs_and_slope(softcap(F.linear(x, small), cap).float(), target, cap, z_loss)
+            nats, loss, slope = _costs_and_slope(softcap(F.linear(x, small)[:, :vocab], cap).float(), target, cap, z_loss)
             totals = totals + torch.stack([loss.sum(), nats.sum()])
-            slope = slope.div_(len(targets)).to(dtype)
+            slope = _padded(slope.div_(len(targets)).to(dtype), columns=extra)
             slopes.append(slope @ small)
-            weight_slope += slope.mT @ x
+            weight_slope += (slope.mT @ x)[:vocab]
         ctx.save_for_backward(torch.cat(slopes).to(hidden.dtype), weight_slope)
         return totals / len(targets)
 

@@ -72,16 +72,22 @@ def gradients(objective: Objective, # as `LanguageModel.objective`
               ) -> torch.Tensor:    # mean nats a symbol
     "Add the gradients of a batch to those that the weights have."
     total, size = torch.zeros((), device=device), config.batch_size // config.accumulation
-    ahead = device.type == "cuda"  # elsewhere a copy that nobody waits for may read memory that is in use again (PyTorch's issue 189690)
-    parts = list(zip(batch.inputs.split(size), batch.targets.split(size), strict=True))  # the last may be smaller under a batch schedule
+    moved = (_moved(symbols, device).split(size) for symbols in (batch.inputs, batch.targets))
+    parts = list(zip(*moved, strict=True))  # the last may be smaller under a batch schedule
     for number, (inputs, targets) in enumerate(parts, start=1):
         share = len(inputs) / len(batch.inputs)
         with travelling(objective, last=number == len(parts)):
             with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
-                loss, nats = objective(inputs.to(device, non_blocking=ahead), targets.to(device, non_blocking=ahead))
+                loss, nats = objective(inputs, targets)
             (loss * share).backward()
         total += nats.detach() * share
     return total
+
+
+def _moved(symbols: torch.Tensor, device: torch.device) -> torch.Tensor:
+    if device.type != "cuda":
+        return symbols.to(device)
+    return symbols.pin_memory().to(device, non_blocking=True)  # from other memory, a GPU copies only when all before is done
 
 
 def train_step(objective: Objective,
