@@ -1152,7 +1152,6 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '', 'doc_host': '', 'git_url
                                'stlm.model.lm._InPieces.backward': ('model.lm.html#_inpieces.backward', 'stlm/model/lm.py'),
                                'stlm.model.lm._InPieces.forward': ('model.lm.html#_inpieces.forward', 'stlm/model/lm.py'),
                                'stlm.model.lm._costs_and_slope': ('model.lm.html#_costs_and_slope', 'stlm/model/lm.py'),
-                               'stlm.model.lm._padded': ('model.lm.html#_padded', 'stlm/model/lm.py'),
                                'stlm.model.lm.extend_context': ('model.lm.html#extend_context', 'stlm/model/lm.py'),
                                'stlm.model.lm.nats_and_loss': ('model.lm.html#nats_and_loss', 'stlm/model/lm.py'),
                                'stlm.model.lm.softcap': ('model.lm.html#softcap', 'stlm/model/lm.py')},

@@ -48,22 +48,23 @@ MOST_LOGITS = 2 ** 27  # half a gigabyte in float32
 _ALIGNED = 64  # symbols: a GPU's matrix units want rows of logits to begin at a multiple of 16 bytes, which 50,257 symbols do not make
 
 
-def _padded(x: Tensor, rows: int = 0, columns: int = 0) -> Tensor: # with so many more of zeros; copied only where there are any
-    return F.pad(x, (0, columns, 0, rows)) if rows or columns else x
-
-
-def _costs_and_slope(logits: Tensor,  # (N, V) float32, overwritten
-                     targets: Tensor, # (N,) -100 = not scored
-                     cap: float,      # that the logits have
-                     z_loss: float
-                     ) -> tuple[Tensor, Tensor, Tensor]: # (N,), (N,) as `nats_and_loss`; (N, V) slope of the second by what was capped
-    log_z, scored = logits.logsumexp(1), targets >= 0
-    nats = (log_z - logits.gather(1, targets.clamp(min=0)[:, None])[:, 0]) * scored
+def _costs_and_slope(logits: Tensor,    # (N, V or more) float32, overwritten; what is behind the vocabulary is no symbol
+                     targets: Tensor,   # (N,) -100 = not scored
+                     vocab: int,        # V
+                     cap: float,        # that the logits have
+                     z_loss: float,
+                     dtype: torch.dtype # of the slope
+                     ) -> tuple[Tensor, Tensor, Tensor]: # (N,), (N,) as `nats_and_loss`; (N, V or more) its slope by what was capped
+    target, scored = targets.clamp(min=0)[:, None], targets >= 0
     bend = 1 - (logits / cap).square() if cap else None
-    slope = logits.sub_(log_z[:, None]).exp_()
+    if logits.shape[1] > vocab:
+        logits.masked_fill_(torch.arange(logits.shape[1], dtype=torch.int32, device=logits.device) >= vocab, -torch.inf)
+    log_z = logits.logsumexp(1)
+    nats = (log_z - logits.gather(1, target)[:, 0]) * scored
+    slope = logits.sub_(log_z.where(scored, torch.inf)[:, None]).exp_()
     if z_loss:
         slope.mul_((1 + 2 * z_loss * log_z)[:, None])
-    slope.add_(torch.arange(slope.shape[1], device=slope.device) == targets[:, None], alpha=-1).mul_(scored[:, None])
+    slope = slope.to(dtype).scatter_add_(1, target, -scored[:, None].to(dtype))  # rounded first, or a compiler keeps all in float32
     return nats, nats + z_loss * log_z.square() * scored, slope if bend is None else slope.mul_(bend)
 
 
@@ -72,22 +73,23 @@ class _InPieces(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, # (N, width), (V, width), (N,)
                 n: int, dtype: torch.dtype, cap: float, z_loss: float) -> Tensor: # (2,)
-        vocab, extra = len(weight), -len(weight) % _ALIGNED
-        small, weight_slope = _padded(weight.to(dtype), rows=extra), torch.zeros_like(weight)
+        vocab, weight_slope = len(weight), torch.zeros_like(weight)
+        small = F.pad(weight.to(dtype), (0, 0, 0, -vocab % _ALIGNED))
         slopes, totals = [], hidden.new_zeros(2, dtype=torch.float32)
         for x, target in zip(hidden.to(dtype).chunk(n), targets.chunk(n), strict=True):
-            nats, loss, slope = _costs_and_slope(softcap(F.linear(x, small)[:, :vocab], cap).float(), target, cap, z_loss)
+            nats, loss, slope = _costs_and_slope(softcap(F.linear(x, small), cap).float(), target, vocab, cap, z_loss, dtype)
             totals = totals + torch.stack([loss.sum(), nats.sum()])
-            slope = _padded(slope.div_(len(targets)).to(dtype), columns=extra)
             slopes.append(slope @ small)
             weight_slope += (slope.mT @ x)[:vocab]
         ctx.save_for_backward(torch.cat(slopes).to(hidden.dtype), weight_slope)
-        return totals / len(targets)
+        ctx.targets = len(targets)
+        return totals / ctx.targets
 
     @staticmethod
     def backward(ctx: Any, slopes: Tensor) -> tuple[Tensor | None, ...]: # type: ignore[override]
         hidden_slope, weight_slope = ctx.saved_tensors
-        return slopes[0] * hidden_slope, slopes[0] * weight_slope, None, None, None, None, None
+        share = slopes[0] / ctx.targets  # here, since a share of each would have to be rounded to the precision of the products
+        return share * hidden_slope, share * weight_slope, None, None, None, None, None
 
 
 class FlatStack(nn.Module):

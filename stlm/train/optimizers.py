@@ -64,9 +64,9 @@ def orthogonalise(matrices: Tensor # (N, rows, columns), in the precision that t
     a, b, c = _POLYNOMIAL
     tall = matrices.shape[1] > matrices.shape[2]
     x = matrices.mT if tall else matrices
-    x = x / (x.norm(dim=(1, 2), keepdim=True) + 1e-7)  # no singular value above one
+    x = x / (torch.linalg.vector_norm(x, dim=(1, 2), keepdim=True) + 1e-7)  # no singular value above one
     for _ in range(_TURNS):
-        square = x @ x.mT
+        square = torch.bmm(x, x.mT)  # not @, which takes five operations: of small matrices it is they that cost time
         x = torch.baddbmm(x, torch.baddbmm(square, square, square, beta=b, alpha=c), x, beta=a)
     return x.mT if tall else x
 
@@ -108,12 +108,12 @@ class MuonAdamW(torch.optim.Optimizer):
         torch._foreach_lerp_(kept, gradients, 1 - self.config.momentum)
         steps = torch._foreach_lerp(gradients, kept, self.config.momentum)
         torch._foreach_mul_(parameters, 1 - lr * decay)
-        for parameter, step in zip(parameters, self._orthogonalised(parameters, steps), strict=True):
-            parameter.sub_(step, alpha=lr)
+        torch._foreach_sub_(parameters, self._orthogonalised(parameters, steps), alpha=lr)
 
     def _orthogonalised(self, parameters: list[Tensor], steps: tuple[Tensor, ...]) -> list[Tensor]:
         "The steps, each matrix at the scale of its shape."
-        pieces = [step.split(self.parts.get(parameter, len(step))) for parameter, step in zip(parameters, steps, strict=True)]
+        pieces = [step.split(self.parts[parameter]) if parameter in self.parts else (step,)
+                  for parameter, step in zip(parameters, steps, strict=True)]
         by_shape: dict[torch.Size, list[tuple[int, int]]] = defaultdict(list)
         for number, split in enumerate(pieces):
             for place, piece in enumerate(split):
@@ -122,7 +122,8 @@ class MuonAdamW(torch.optim.Optimizer):
         for shape, places in by_shape.items():
             batch = orthogonalise(torch.stack([pieces[number][place] for number, place in places]).to(self.dtype))
             done |= zip(places, batch.float() * max(1.0, shape[0] / shape[1]) ** 0.5, strict=True)
-        return [torch.cat([done[number, place] for place in range(len(split))]) for number, split in enumerate(pieces)]
+        return [torch.cat([done[number, place] for place in range(len(split))]) if len(split) > 1 else done[number, 0]
+                for number, split in enumerate(pieces)]
 
 
 def _gradients(parameters: list[Tensor]) -> list[Tensor]:
