@@ -60,11 +60,12 @@ def _costs_and_slope(logits: Tensor,    # (N, V or more) float32, overwritten; w
     if logits.shape[1] > vocab:
         logits.masked_fill_(torch.arange(logits.shape[1], dtype=torch.int32, device=logits.device) >= vocab, -torch.inf)
     log_z = logits.logsumexp(1)
-    nats = (log_z - logits.gather(1, target)[:, 0]) * scored
+    nats, factor = (log_z - logits.gather(1, target)[:, 0]) * scored, 1 + 2 * z_loss * log_z
     slope = logits.sub_(log_z.where(scored, torch.inf)[:, None]).exp_()
     if z_loss:
-        slope.mul_((1 + 2 * z_loss * log_z)[:, None])
-    slope = slope.to(dtype).scatter_add_(1, target, -scored[:, None].to(dtype))  # rounded first, or a compiler keeps all in float32
+        slope.mul_(factor[:, None])
+    of_target = ((-nats).exp() * factor - 1) * scored  # in float32, since p - 1 of a rounded p would be wrong where p is near one
+    slope = slope.to(dtype).scatter_(1, target, of_target[:, None].to(dtype))
     return nats, nats + z_loss * log_z.square() * scored, slope if bend is None else slope.mul_(bend)
 
 
