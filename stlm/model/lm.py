@@ -48,7 +48,7 @@ MOST_LOGITS = 2 ** 27  # half a gigabyte in float32
 _ALIGNED = 64  # symbols: a GPU's matrix units want rows of logits to begin at a multiple of 16 bytes, which 50,257 symbols do not make
 
 
-def _costs_and_slope(logits: Tensor,    # (N, V or more) float32, overwritten; what is behind the vocabulary is no symbol
+def _costs_and_slope(logits: Tensor,    # (N, V or more) float32, overwritten; columns behind the vocabulary only fill rows up
                      targets: Tensor,   # (N,) -100 = not scored
                      vocab: int,        # V
                      cap: float,        # that the logits have
@@ -221,7 +221,8 @@ class LanguageModel(nn.Module):
         return loss + RATIO_WEIGHT * ratio_loss(cuts, self.config.patches.size), nats
 
     def _pieces(self, targets: Tensor) -> int:
-        return max(1, math.ceil(targets.numel() * self.config.vocab_size / MOST_LOGITS))
+        columns = self.config.vocab_size + -self.config.vocab_size % _ALIGNED
+        return max(1, math.ceil(targets.numel() * columns / MOST_LOGITS))
 
     def _mean_cost(self, hidden: Tensor, targets: Tensor, z_loss: float) -> tuple[Tensor, Tensor]: # loss, nats
         n, cap = self._pieces(targets), self.config.logit_softcap

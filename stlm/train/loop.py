@@ -85,7 +85,7 @@ def gradients(objective: Objective, # as `LanguageModel.objective`
 
 
 def _moved(symbols: torch.Tensor, device: torch.device) -> torch.Tensor:
-    if device.type != "cuda":
+    if device.type != "cuda":  # elsewhere a copy that nobody waits for may read memory that is in use again (PyTorch's issue 189690)
         return symbols.to(device)
     return symbols.pin_memory().to(device, non_blocking=True)  # from other memory, a GPU copies only when all before is done
 

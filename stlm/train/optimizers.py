@@ -68,7 +68,7 @@ def orthogonalise(matrices: Tensor # (N, rows, columns), in the precision that t
     for _ in range(_TURNS):
         square = torch.bmm(x, x.mT)  # not @, which takes five operations: of small matrices it is they that cost time
         x = torch.baddbmm(x, torch.baddbmm(square, square, square, beta=b, alpha=c), x, beta=a)
-    return x.mT if tall else x
+    return x.mT.contiguous() if tall else x  # with the strides of the parameters, which they are taken off all at once
 
 # %% ../../nbs/41_train.optimizers.ipynb #c877460c
 class MuonAdamW(torch.optim.Optimizer):
