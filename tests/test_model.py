@@ -141,7 +141,7 @@ def test_dropout_acts_on_the_embedding_and_on_both_branches():
             module.register_forward_hook(lambda module, inputs, output: seen.append((output == 0).float().mean().item()))
     model(ids)
     assert len(seen) == 1 + 2 * model.config.n_layers and all(0.4 < share < 0.6 for share in seen)
-    model.set_dropout(0.0)
+    model.vary_dropout().fill_(0)
     assert torch.equal(model(ids), model.eval()(ids))
 
 

@@ -10,6 +10,7 @@ import torch
 from helpers import real_text, small_run
 from stlm.config import ConfigError, ModelConfig, PatchConfig, RunConfig, Shape, SharingConfig, TrainConfig, preset
 from stlm.data.shards import Dataset, prepare
+from stlm.model.layers import Dropout
 from stlm.model.lm import LanguageModel
 from stlm.model.pooling import PATCHES_AT_A_TIME, patches_to_run
 from stlm.train.loop import Trainer, train_step
@@ -159,7 +160,7 @@ def test_the_warm_up_compiles_for_any_number_of_patches(corpus, tmp_path, monkey
 
 
 def test_a_python_number_would_compile_anew():
-    """What the tensor is for: the same change by `set_dropout` is refused."""
+    """What the tensor is for: the same change of the module's own number is refused."""
     torch.compiler.reset()
     model = small_model(dropout=0.3)
     ids = torch.randint(50, (2, 16))
@@ -173,7 +174,8 @@ def test_a_python_number_would_compile_anew():
         model = small_model(dropout=0.3)
         objective = torch.compile(model.objective, backend="eager")
         objective(ids, ids)
-        model.set_dropout(0.1)
+        for dropout in (module for module in model.modules() if isinstance(module, Dropout)):
+            dropout.p = 0.1
         with pytest.raises(Exception, match="Recompiling"):
             objective(ids, ids)
 

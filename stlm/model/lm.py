@@ -248,12 +248,7 @@ class LanguageModel(nn.Module):
         "Whether looped layers run more than once. A cache must not outlive the change."
         self.body.core.looping = on
 
-    def set_dropout(self, rate: float # probability, 0 up to, but not including, 1
-                    ) -> None:
-        "Change the rate of every dropout in a model that has some; the configuration keeps the rate that the model was made with."
-        for module in self.modules():
-            if isinstance(module, Dropout):
-                module.p = rate
+
 
     def vary_dropout(self) -> Tensor: # () the rate of the steps to come, on the model's device
         "Let every dropout read its rate from one tensor: fill it as often as you like, and no compiled graph is made anew."

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.optim.adamw import adamw
 
 from ..config import TrainConfig
-from ..foundation import StlmError
+from ..foundation import optional
 from ..hardware import pick_precision
 from ..model.layers import Joined
 from ..model.pooling import PooledStack
@@ -58,16 +58,36 @@ _POLYNOMIAL = (3.4445, -4.7750, 2.0315)  # Jordan et al., 2024: steep at zero, n
 _TURNS = 5
 
 
+def _without_first(square: Tensor) -> Tensor: # (N, rows, rows) -> the same: the polynomial of x, over x, without its first term
+    _, b, c = _POLYNOMIAL
+    return torch.baddbmm(square, square, square, beta=b, alpha=c)
+
+
+def _factor(square: Tensor) -> Tensor: # (N, rows, rows) x times its transpose -> the same, what all turns multiply x with
+    a = _POLYNOMIAL[0]
+    factor = torch.eye(square.shape[1], dtype=square.dtype, device=square.device).expand_as(square)
+    for turn in range(_TURNS):
+        rest = _without_first(square)
+        factor = torch.baddbmm(factor, rest, factor, beta=a)
+        if turn < _TURNS - 1:
+            once = torch.baddbmm(square, rest, square, beta=a)
+            square = torch.baddbmm(once, rest, once, beta=a)
+    return factor
+
+
 def orthogonalise(matrices: Tensor # (N, rows, columns), in the precision that the products are to have
                   ) -> Tensor:     # (N, rows, columns), singular values near one
     "The nearest semi-orthogonal matrix of each, about (Newton-Schulz; Jordan et al., 2024)."
-    a, b, c = _POLYNOMIAL
+    a = _POLYNOMIAL[0]
     tall = matrices.shape[1] > matrices.shape[2]
     x = matrices.mT if tall else matrices
     x = x / (torch.linalg.vector_norm(x, dim=(1, 2), keepdim=True) + 1e-7)  # no singular value above one
-    for _ in range(_TURNS):
-        square = torch.bmm(x, x.mT)  # not @, which takes five operations: of small matrices it is they that cost time
-        x = torch.baddbmm(x, torch.baddbmm(square, square, square, beta=b, alpha=c), x, beta=a)
+    if x.shape[2] > 2 * x.shape[1] and x.dtype == torch.float32:
+        x = torch.bmm(_factor(torch.bmm(x, x.mT)), x)
+    else:
+        for _ in range(_TURNS):
+            square = torch.bmm(x, x.mT)  # not @, which takes five operations: of small matrices it is they that cost time
+            x = torch.baddbmm(x, _without_first(square), x, beta=a)
     return x.mT.contiguous() if tall else x  # with the strides of the parameters, which they are taken off all at once
 
 # %% ../../nbs/41_train.optimizers.ipynb #c877460c
@@ -136,12 +156,8 @@ def _decay_with_caution(parameters: list[Tensor], before: list[Tensor], rate: fl
         parameter.addcmul_(old, shrinks, value=-rate)
 
 # %% ../../nbs/41_train.optimizers.ipynb #33b5fda7
-def _schedule_free(groups: list[dict], config: TrainConfig) -> torch.optim.Optimizer:
-    try:
-        from schedulefree import AdamWScheduleFree
-    except ImportError as error:
-        raise StlmError(f"schedulefree is not installed ({error}); install it with: pip install 'stlm[schedulefree]'") from error
-    optimizer = AdamWScheduleFree(groups, lr=config.lr, betas=(config.beta1, config.beta2))
+def _schedule_free(groups: list[dict], config: TrainConfig) -> Any:
+    optimizer = optional("schedulefree", "schedulefree").AdamWScheduleFree(groups, lr=config.lr, betas=(config.beta1, config.beta2))
     optimizer.train()
     return optimizer
 
