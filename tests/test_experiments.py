@@ -217,7 +217,7 @@ def test_the_race(project, overrides):
     assert all(run.pace["steps"] == max(1, int(2 / run.pace["seconds_per_step"])) for run in runs)
     bits = results.loc["the recipe", "bits_per_byte"]
     assert f"{bits.mean():.3f} bits per byte ({bits.min():.3f} to {bits.max():.3f} with 3 seeds)" in page
-    assert f"over seeds is {bits.std():.4f} (2 degrees of freedom" in page and "Not trained: AdamW for all, embeddings" in page
+    assert f"over seeds is {bits.std():.4f} (2 degrees of freedom" in page and "Not trained: AdamW for all; embeddings" in page
 
     for run in runs:  # as if the machine had slowed down during the second arm
         metrics = run.metrics | {"train_seconds": 2.2 if run.config.model.ngram else 2.0}

@@ -10,6 +10,7 @@ __all__ = ['PALETTE', 'INK', 'SOFT', 'FAINT', 'X', 'PARTS', 'Estimate', 'style',
 # %% ../../nbs/70_lab.plots.ipynb #1b45b592
 import base64
 import io
+import itertools
 import math
 from collections.abc import Collection, Mapping, Sequence
 from contextlib import AbstractContextManager
@@ -99,7 +100,8 @@ def _label_ends(axis: Axes,
         return
     inches = cast(Figure, axis.figure).get_size_inches()[1] * axis.get_position().height
     low, high = axis.get_ylim()
-    heights = spread([end[1] for end in ends.values()], 1.3 * size / 72 * (high - low) / inches)
+    heights = np.array(spread([end[1] for end in ends.values()], 1.3 * size / 72 * (high - low) / inches))
+    heights += max(0, low - heights.min()) - max(0, heights.max() - high)
     for (name, (x, y, colour)), height in zip(ends.items(), heights, strict=True):
         axis.plot([x], [y], "o", color=colour, markersize=5)
         axis.annotate(name, (x, y), (1.05, height), textcoords=axis.get_yaxis_transform(), color=colour, va="center", size=size,
@@ -139,21 +141,23 @@ def _mean_curve(curves: list[tuple[np.ndarray, np.ndarray]]) -> tuple[np.ndarray
 def _draw_arms(axis: Axes, logs: Mapping[str, Sequence[pd.DataFrame]], x: X, y: str) -> dict[str, tuple[float, float, str]]: # the ends
     curves = {arm: [points for log in runs if len((points := _points(log, x, y))[0])] for arm, runs in logs.items()}
     scale, unit = _unit(x, max((c[0][-1] for runs in curves.values() for c in runs), default=0))
-    colours = dict(zip(logs, PALETTE * (1 + len(logs) // len(PALETTE)), strict=False))
+    looks = dict(zip(logs, itertools.cycle(itertools.product(("-", "--", ":", "-."), PALETTE)), strict=False))
     ends = {}
     for arm, seeds in curves.items():
+        line, colour = looks[arm]
         for xs, ys in seeds if len(seeds) > 1 else []:
-            axis.plot(xs / scale, ys, color=colours[arm], linewidth=0.9, alpha=0.45)
+            axis.plot(xs / scale, ys, line, color=colour, linewidth=0.9, alpha=0.45)
         if seeds:
             xs, ys = _mean_curve(seeds)
-            axis.plot(xs / scale, ys, color=colours[arm])
-            ends[arm] = (xs[-1] / scale, ys[-1], colours[arm])
+            axis.plot(xs / scale, ys, line, color=colour)
+            ends[arm] = (xs[-1] / scale, ys[-1], colour)
     axis.set_xlabel(f"{_AXES[x]} ({unit})")
     if not ends:
         axis.text(0.5, 0.5, "no run has finished yet", transform=axis.transAxes, ha="center", color=SOFT)
     return ends
 
 # %% ../../nbs/70_lab.plots.ipynb #8c2c9779
+_NAME_HEIGHT = 0.19  # inches, of a name at the end of its curve
 _QUALITY = {"valid_bpb": "validation bits per byte", "bpb": "training bits per byte"}
 
 
@@ -189,7 +193,7 @@ def learning_curves_by_bytes_and_time(logs: Mapping[str, Sequence[pd.DataFrame]]
 
 def _curves(logs: Mapping[str, Sequence[pd.DataFrame]], kinds: list[X], y: str, label: str | None, figsize: tuple[float, float]) -> Figure:
     with style():
-        figure = Figure(figsize=figsize)
+        figure = Figure(figsize=(figsize[0], max(figsize[1], 0.8 + _NAME_HEIGHT * len(logs))))
         axes = figure.subplots(1, len(kinds), sharey=True, squeeze=False)[0]
         ends = [_draw_arms(axis, logs, x, y) for axis, x in zip(axes, kinds, strict=True)]
         _zoom(axes[0], [_points(log, "bytes", y)[1] for runs in logs.values() for log in runs])
