@@ -58,7 +58,7 @@ def prepare(name: PresetOption = "demo-bpe", settings: SetOption = None) -> None
 
 
 @app.command()
-def train(name: PresetOption = "demo-bpe", settings: SetOption = None,
+def train(context: typer.Context, preset: PresetOption = "demo-bpe", settings: SetOption = None,
           config: Annotated[Optional[Path], typer.Option(help="A run's config.yaml instead of a preset.")] = None,  # noqa: UP045
           folder: Annotated[Optional[Path], typer.Option(help="The run's folder; runs/train/<id> if not given.")] = None,  # noqa: UP045
           watch: Annotated[str, typer.Option(help="Who looks on, separated by commas: samples, statistics, tensorboard, trackio; "
@@ -66,10 +66,12 @@ def train(name: PresetOption = "demo-bpe", settings: SetOption = None,
           processes: Annotated[int, typer.Option(min=1, help="Processes on this machine that share every batch.")] = 1,
           restarts: Annotated[int, typer.Option(min=0, help="How often all of them begin again after one died.")] = 0) -> None:
     "Train a model, or resume a run that was stopped."
-    wanted = _config(name, settings) if config is None else _config_from(config, settings)
+    if config is not None:
+        _refuse(context, "is not for a run of --config; leave one of them out", "preset")
+    wanted = _config(preset, settings) if config is None else _config_from(config, settings)
     if processes > 1 or restarts:
         from stlm.train.distributed import launch
-        chosen = ["--preset", name] if config is None else ["--config", str(config)]
+        chosen = ["--preset", preset] if config is None else ["--config", str(config)]
         given = [word for setting in settings or [] for word in ("--set", setting)]
         options = {"--folder": folder, "--watch": watch}
         given += [word for option, value in options.items() if value for word in (option, str(value))]
@@ -88,6 +90,8 @@ def _config_from(path: Path, settings: list[str] | None) -> RunConfig:
         text = path.read_text("utf-8")
     except OSError as error:
         raise StlmError(f"cannot read {path}: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise StlmError(f"cannot read {path}: it is not text in UTF-8") from error
     return from_dict(RunConfig, override(to_dict(from_yaml(RunConfig, text)), parse_overrides(settings or [])))
 
 
@@ -263,8 +267,8 @@ def parity(name: Annotated[str, typer.Argument(metavar="MODEL", help="A run's fo
 @app.command()
 def info(names: Annotated[Optional[list[str]], typer.Argument(help="Presets to compare; all if not given.")] = None,  # noqa: UP045
          settings: SetOption = None,
-         bytes_per_token: Annotated[float, typer.Option(help="Raw bytes a symbol of a subword vocabulary stands for; 0 = typical.")] = 0.0,
-         bytes_per_patch: Annotated[float, typer.Option(help="Raw bytes in a patch of a pooled model; 0 = typical.")] = 0.0,
+         bytes_per_token: Annotated[float, typer.Option(min=0, help="Raw bytes to a symbol of a subword vocabulary; 0 = typical.")] = 0.0,
+         bytes_per_patch: Annotated[float, typer.Option(min=0, help="Raw bytes in a patch of a pooled model; 0 = typical.")] = 0.0,
          windows: Annotated[int, typer.Option(min=1, help="Windows in one part of a step, for the memory of training.")] = 8,
          megabytes: Annotated[float, typer.Option(min=0, help="Text to train on, for the hours on this machine; 0 = leave them out.")] = 0,
          mfu: Annotated[float, typer.Option(min=0.001, max=1, help="Share of the machine's measured peak that training reaches.")] = 0.4,

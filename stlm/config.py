@@ -12,9 +12,11 @@ __all__ = ['Sharing', 'Patcher', 'Encoder', 'Pool', 'Unpool', 'Decoder', 'Ffn', 
 # %% ../nbs/01_config.ipynb #f2b5d2bb
 import copy
 import dataclasses
+import math
 import types
 import typing
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field, fields
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
@@ -363,23 +365,29 @@ def coerce(value: Any, # from a file, the command line or a notebook
     return _coerce_plain(value, get_origin(kind) or kind, name)
 
 
-def _coerce_plain(value: Any, kind: type, name: str) -> Any:
+def _coerce_plain(value: Any, kind: Any, name: str) -> Any:
     if isinstance(value, str) and kind is not str:
-        value = _parse(value)
+        value = _parse(value, kind)
     if kind is float and isinstance(value, int) and not isinstance(value, bool):
         value = float(value)
     if kind is int and isinstance(value, float) and value.is_integer():
         value = int(value)
     if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
         raise ConfigError(f"{name}={value!r} has the wrong type {type(value).__name__}; allowed: {kind.__name__}")
+    _require(kind is not float or math.isfinite(value), name, value, "a finite number")
     return value
 
 
-def _parse(text: str) -> Any:
-    try:
-        return float(text) if "e" in text.lower() and text.lower() not in ("true", "false") else yaml.safe_load(text.replace("_", ""))
-    except (ValueError, yaml.YAMLError):
-        return text
+_BOOLS = {"true": True, "yes": True, "on": True, "false": False, "no": False, "off": False}
+_PARSERS: dict[type, list[Callable[[str], Any]]] = {bool: [lambda text: _BOOLS[text.lower()]], int: [int, float], float: [float]}
+
+
+def _parse(text: str, kind: type) -> Any: # the text itself where it is none of that kind
+    "A word or a decimal number in the type it should have. YAML 1.1 would take 010 for 8 and 1:30 for 90."
+    for parse in _PARSERS.get(kind, [yaml.safe_load]):
+        with suppress(KeyError, ValueError, yaml.YAMLError):
+            return parse(text)
+    return text
 
 
 def _check_fields(config: Any, section: str) -> None: # "model", "model.patches", …; "run" for the root
@@ -420,9 +428,9 @@ def to_yaml(config: Any # any of the dataclasses above
 def from_yaml(kind: type, # RunConfig, ModelConfig, DataConfig or TrainConfig
               text: str   # what `to_yaml` wrote, or a person
               ) -> Any:   # a checked configuration
-    "Read a configuration from YAML text with the safe loader: nothing in it is executed. Raises `ConfigError`."
+    "Read a configuration from YAML text; nothing in it is executed. Raises `ConfigError`."
     try:
-        values = yaml.safe_load(text)
+        values = yaml.load(text, yaml.BaseLoader)  # all as text, which its field makes a number of
     except yaml.YAMLError as error:
         raise ConfigError(f"this is not YAML: {' '.join(str(error).split())}") from error
     return from_dict(kind, values)

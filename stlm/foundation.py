@@ -17,7 +17,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -47,8 +47,8 @@ def optional(module: str, # to import
         raise StlmError(f"{extra} is not installed ({error}); install it with: pip install 'stlm[{extra}]'") from error
 
 # %% ../nbs/00_foundation.ipynb #35c0c786
-def _sync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
+def _sync(path: Path) -> None: # a file, or the list of names that a folder is
+    descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:
@@ -75,13 +75,12 @@ def atomic_file(path: str | os.PathLike # the file to create or replace
         with explain_writing(path):
             path.parent.mkdir(parents=True, exist_ok=True)
             yield temporary
-            with open(temporary, "rb+") as file:
-                os.fsync(file.fileno())
+            _sync(temporary)
             os.replace(temporary, path)
-            _sync_folder(path.parent)
+            _sync(path.parent)
     finally:
-        if temporary.exists():
-            temporary.unlink()
+        with suppress(OSError):  # of a name that is too long, or a folder that is shut, enough was said
+            temporary.unlink(missing_ok=True)
 
 # %% ../nbs/00_foundation.ipynb #0648b2c1
 def write_bytes(path: str | os.PathLike, # the file to create or replace
@@ -114,31 +113,37 @@ def atomic_folder(path: str | os.PathLike,       # the folder to create or repla
     path = Path(path)
     with explain_writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
+        _put_back(path)
         temporary = unfinished or Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent))
         temporary.mkdir(parents=True, exist_ok=True)
-    try:
-        with explain_writing(path):
+        try:
             yield temporary
             _replace_folder(temporary, path)
-    finally:
-        if not unfinished:
-            shutil.rmtree(temporary, ignore_errors=True)
+        finally:
+            _put_back(path)
+            if not unfinished:
+                shutil.rmtree(temporary, ignore_errors=True)
 
 
 def _replace_folder(new: Path, path: Path) -> None:
-    for file in new.rglob("*"):
-        if file.is_file():
-            with open(file, "rb+") as handle:
-                os.fsync(handle.fileno())
     new.chmod(0o755)
-    if path.exists():  # a folder cannot be renamed over a full one: move the old one aside first
-        old = path.with_name(f".{path.name}.{os.getpid()}.old.tmp")
-        os.replace(path, old)
-        os.replace(new, path)
-        shutil.rmtree(old)
-    else:
-        os.replace(new, path)
-    _sync_folder(path.parent)
+    for part in (*new.rglob("*"), new):
+        _sync(part)
+    if path.exists():  # a folder cannot be renamed over a full one
+        os.replace(path, _aside(path))
+    os.replace(new, path)
+    _sync(path.parent)
+
+
+def _aside(path: Path) -> Path: # where the old folder waits until the new one is there; no `.tmp`, which is litter to whoever finds it
+    return path.with_name(f".{path.name}.old")
+
+
+def _put_back(path: Path) -> None: # or delete what is no longer needed
+    if path.exists():
+        shutil.rmtree(_aside(path), ignore_errors=True)
+    elif _aside(path).exists():  # a process ended between the two renames
+        os.replace(_aside(path), path)
 
 # %% ../nbs/00_foundation.ipynb #1bdd0c2b
 def fingerprint(content: Any # anything JSON can express; the order of keys does not matter

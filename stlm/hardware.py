@@ -21,7 +21,7 @@ import psutil
 import torch
 
 import stlm
-from .foundation import StlmError
+from .foundation import StlmError, cores
 
 # %% ../nbs/02_hardware.ipynb #2816fe0c
 def available_devices() -> list[str]:
@@ -137,9 +137,9 @@ def reset_peak_memory(device: torch.device # where the model runs
 # %% ../nbs/02_hardware.ipynb #09dbc48a
 def describe() -> dict[str, Any]:
     "The machine and the software, as plain values for JSON."
-    return dict(platform=platform.platform(),
+    return dict(platform=f"{platform.system()} {platform.machine()}",
                 cpu=_cpu_name(),
-                cores=len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+                cores=cores(),
                 memory_gb=round(psutil.virtual_memory().total / 1e9, 1),
                 gpus=[torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())],
                 python=platform.python_version(),

@@ -447,7 +447,7 @@ class Stream(TokenSplit):
     "A split of which only the length matters: symbol i of the stream is i."
 
     def __init__(self, n_tokens):
-        self.name, self.n_tokens, self.eot_id = "train", n_tokens, -1
+        self.name, self.n_tokens = "train", n_tokens
 
     def read(self, start, stop):
         assert 0 <= start < stop <= self.n_tokens

@@ -20,10 +20,10 @@ from stlm.foundation import StlmError, file_sha256
 from stlm.train import distributed, loop
 from stlm.train.checkpoints import checkpoints
 from stlm.train.distributed import connected, share_of
-from stlm.train.loop import Watcher, train_in_processes
+from stlm.train.loop import train_in_processes
 from stlm.train.records import Run, locked, read_log
 from stlm.train.schedules import batch_starts
-from test_training_faults import POOLED, SHARED
+from test_training_faults import POOLED, SHARED, train_to
 
 
 @pytest.fixture(scope="module")
@@ -60,22 +60,10 @@ def test_the_number_of_processes_does_not_change_the_curve(overrides, alone, tmp
     assert_same_curve(Run(tmp_path / "run"), alone)
 
 
-def stop_at(overrides, folder, step):
-    class Stop(Watcher):
-        def started(self, trainer):
-            self.trainer = trainer
-
-        def stepped(self):
-            if self.trainer.progress.step == step:
-                self.trainer.request("stop")
-
-    train_in_fork(overrides, folder, watchers=[Stop()])
-
-
 def test_a_run_goes_on_with_another_number_of_processes(overrides, alone, tmp_path):
     overrides = overrides | {"train.log_every": 10}  # stopping writes a line, as the end of every tenth step does
     for processes, step in ((2, 10), (1, 20)):
-        errors = errors_in_forks(processes, stop_at, overrides, tmp_path / "run", step)
+        errors = errors_in_forks(processes, train_to, overrides, tmp_path / "run", step)
         assert all(f"at step {step} of 30" in error for error in errors), errors
     assert errors_in_forks(4, train_in_fork, overrides, tmp_path / "run") == [""] * 4
     assert errors_in_forks(1, train_in_fork, overrides, tmp_path / "whole") == [""]
@@ -160,6 +148,7 @@ def test_one_process_dies_and_the_run_goes_on(overrides, alone, tmp_path):
     output, errors = launcher.communicate(timeout=120)
     assert launcher.returncode == 0, errors
     assert output.count("bits per byte") == 1 and "another process of this run ended early" in errors
+    assert errors.count("stlm: one process was ended by SIGKILL; the system does so where memory is short") == 1
     assert errors_in_forks(2, train_in_fork, longer, tmp_path / "whole") == ["", ""]
     weights = [Run(tmp_path / name).model_folder / "model.safetensors" for name in ("run", "whole")]
     assert file_sha256(weights[0]) == file_sha256(weights[1])

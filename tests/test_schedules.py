@@ -117,7 +117,7 @@ def test_a_batch_in_parts_is_a_batch(corpus, tmp_path):
     trainer = trainer_in(tmp_path / "run", config)
     batch = trainer.batches.batch(8)
     assert len(batch.inputs) == 6
-    loss, _ = train_step(trainer.model.objective, trainer.optimizer, batch, config.train, trainer.device, torch.float32)
+    loss, *_ = train_step(trainer.model.objective, trainer.optimizer, batch, config.train, trainer.device, torch.float32)
     gradients = [parameter.grad.clone() for parameter in trainer.model.parameters()]
     other = trainer_in(tmp_path / "other", config)
     nats = other.model.objective(batch.inputs, batch.targets)[1]

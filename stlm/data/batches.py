@@ -8,7 +8,6 @@ __all__ = ['LARGEST_SORT', 'Batch', 'read_windows', 'random_order', 'computed_or
 # %% ../../nbs/13_data.batches.ipynb #f6b047f6
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 
 import numpy as np
 import torch
@@ -22,12 +21,6 @@ class Batch:
     "Windows of text as tensors."
     inputs: torch.Tensor  # (B, T) long
     targets: torch.Tensor # (B, T) long: the symbol after each input
-    eot_id: int           # the end-of-text symbol, which opens a document
-
-    @cached_property
-    def segments(self) -> torch.Tensor:
-        "(B, T) long: the document each input belongs to, counted within its window; an end-of-text symbol belongs to what follows it."
-        return (self.inputs == self.eot_id).cumsum(1)
 
 # %% ../../nbs/13_data.batches.ipynb #533bc8a4
 def read_windows(split: TokenSplit,
@@ -39,7 +32,7 @@ def read_windows(split: TokenSplit,
     for row, start in enumerate(starts.tolist()):
         symbols[row] = split.read(start, start + length + 1)
     windows = torch.from_numpy(symbols)  # (B, T + 1)
-    return Batch(windows[:, :-1].contiguous(), windows[:, 1:].contiguous(), split.eot_id)
+    return Batch(windows[:, :-1].contiguous(), windows[:, 1:].contiguous())
 
 # %% ../../nbs/13_data.batches.ipynb #134a4581
 def random_order(n: int,        # how many there are

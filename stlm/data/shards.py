@@ -357,7 +357,6 @@ class TokenSplit:
         self.n_bytes: int = facts["bytes"]          # raw UTF-8 bytes of the documents
         self.n_documents: int = facts["documents"]
         self.shard_tokens: int = facts["shard_tokens"]
-        self.eot_id: int = manifest["tokenizer"]["eot_id"]
         self.dtype = token_dtype(manifest["tokenizer"]["vocab_size"])
 
     def __getstate__(self) -> dict[str, Any]:

@@ -97,7 +97,7 @@ class Statistics(Watcher):
     def _look(self) -> dict[str, float]:
         trainer = self.trainer
         trainer.set_loops()
-        windows = trainer.config.train.batch_size // trainer.config.train.accumulation  # as many as are in memory at once
+        windows = trainer.own.batch_size // trainer.own.accumulation  # as many as are in memory at once
         ids = trainer.batches.batch(trainer.progress.step).inputs[:windows].to(trainer.device)
         with torch.autocast(trainer.device.type, trainer.dtype, enabled=trainer.dtype != torch.float32):
             return activations(trainer.model, ids)

@@ -249,11 +249,13 @@ def account(config: ModelConfig,             # with `vocab_size` set
             looping: bool = True,            # whether looped layers run more than once, as after `train.loop_start`
             symbols_per_patch: float | None = None # measured on the data; None = `patches.size`; a flat model has 1
             ) -> Account:
-    "What a model costs, by arithmetic alone. Raises `StlmError` for a configuration without a vocabulary."
+    "What a model costs, by arithmetic alone. Raises `StlmError` for a configuration without a vocabulary, and for sizes that cannot be."
     if config.vocab_size < 1 or bytes_per_token <= 0:
         given = f"model.vocab_size={config.vocab_size} and bytes_per_token={bytes_per_token}"
         raise StlmError(f"cannot account for {given}; both must be above 0")
     size = (symbols_per_patch or config.patches.size) if config.is_pooled else 1.0
+    if size < 1:
+        raise StlmError(f"cannot account for patches of {size:g} symbols; a patch has 1 or more")
     if config.is_pooled:
         forward = _pooled_flops(config, looping, config.context / size) + _vocabulary_flops(config)
     else:

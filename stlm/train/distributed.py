@@ -193,7 +193,9 @@ def launch(arguments: list[str], # of the `stlm` command
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, cores() // processes)))
     try:
         for _ in range(restarts + 1):  # not torchelastic's own restarts: it knows of no end that is final
-            code, final = _verdict(_run_once(arguments, processes))
+            codes = _run_once(arguments, processes)
+            _tell_of_killed(codes)
+            code, final = _verdict(codes)
             if final:
                 break
     except SignalException:
@@ -210,6 +212,12 @@ def _run_once(arguments: list[str], processes: int) -> list[int]: # exit codes o
     except ChildFailedError as error:
         return [failure.exitcode for failure in sorted(error.failures.values(), key=lambda failure: failure.timestamp)]
     return []
+
+
+def _tell_of_killed(codes: list[int]) -> None: # who was killed could not say it; SIGTERM comes from here, when another has failed
+    for number in (-code for code in codes if code < 0 and code != -signal.SIGTERM):
+        hint = "; the system does so where memory is short, and train.accumulation makes a step smaller" * (number == signal.SIGKILL)
+        print(f"stlm: one process was ended by {signal.Signals(number).name}{hint}", file=sys.stderr)
 
 
 def _verdict(codes: list[int]) -> tuple[int, bool]:

@@ -96,15 +96,16 @@ def train_step(objective: Objective,
                config: TrainConfig,  # clip, nonfinite and what `gradients` needs
                device: torch.device,
                dtype: torch.dtype
-               ) -> tuple[torch.Tensor, torch.Tensor]: # mean nats a symbol; gradient norm before clipping
+               ) -> tuple[torch.Tensor, torch.Tensor, bool]: # mean nats a symbol; gradient norm before clipping; whether weights changed
     "Update the weights with one batch; the learning rate is already set."
     optimizer.zero_grad(set_to_none=True)
     total = gradients(objective, batch, config, device, dtype)
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     norm = torch.nn.utils.clip_grad_norm_(parameters, config.clip or math.inf)
-    if config.nonfinite == "stop" or torch.isfinite(norm):  # asking waits for the device, so only those wait who want to skip
+    useful = config.nonfinite == "stop" or bool(torch.isfinite(norm))  # asking waits for the device: only those wait who want to skip
+    if useful:
         optimizer.step()
-    return total, norm
+    return total, norm, useful
 
 # %% ../../nbs/44_train.loop.ipynb #7d0f8a44
 class Stopped(StlmError):
@@ -367,9 +368,15 @@ class Trainer:
     def measure_patches(self) -> None:
         "See how long patches are at the start of the training text, and what a symbol costs therefore."
         inputs = _first_windows(self.dataset, self.config.model.context)
+        self.model.eval()  # a gate reads states that dropout would change
         cuts = self.model.cuts(inputs.to(self.device))
+        self.model.train()
         self.symbols_per_patch = None if cuts is None else inputs.numel() / max(1, int(cuts.ends.sum()))
         self.flops_per_token = {on: self.account(on).training_flops_per_token for on in (False, True)}  # loops off and on
+
+    def _follow_gate(self) -> None: # at every point where a run may go on, so that one that was resumed counts as one that was not
+        if self.config.model.patches.patcher == "gate":  # all other patchers end patches as they did at first
+            self.measure_patches()
 
     def _new_interval(self) -> Interval:
         return Interval(torch.zeros((), device=self.device), torch.zeros((), device=self.device))
@@ -380,6 +387,7 @@ class Trainer:
         if state:
             self.progress = Progress(**state["progress"])
             self.validation = state if "valid_bpb" in state else {}
+            self._follow_gate()
         self.world.agree("checkpoints", self.progress.step)
         if self.world.is_first:
             remove_later(self.run.checkpoint_folder, self.progress.step)
@@ -420,10 +428,10 @@ class Trainer:
         own_seed = self.config.train.seed * 1_000_003 + number + (self.world.rank << 40)
         torch.manual_seed(own_seed)  # dropout's numbers: a function of seed, step and process
         batch = self.batches.batch(number, self.world.rank, self.world.size)
-        loss, norm = train_step(self.objective, self.optimizer, batch, self.own, self.device, self.dtype)
+        loss, norm, useful = train_step(self.objective, self.optimizer, batch, self.own, self.device, self.dtype)
         own = batch.targets.numel()
         tokens, seen = self.world.sums(own, int(self.token_bytes[batch.targets].sum()))
-        useful = self._is_useful(norm)
+        self._count_skipped(not useful)
         if useful:
             if self.average is not None:
                 self.average.update(number)
@@ -445,17 +453,13 @@ class Trainer:
         self.progress.seconds += waited
         self.interval.seconds += waited
 
-    def _is_useful(self, norm: torch.Tensor) -> bool:
-        "Whether the step changed the weights; counts those that did not. Raises `Diverged` when there were too many in a row."
-        if self.config.train.nonfinite == "stop" or torch.isfinite(norm):
-            self.progress.skipped_in_a_row = 0
-            return True
-        self.progress.skipped += 1
-        self.progress.skipped_in_a_row += 1
+    def _count_skipped(self, skipped: bool) -> None:
+        "Count a step that changed nothing. Raises `Diverged` when there were too many in a row."
+        self.progress.skipped += skipped
+        self.progress.skipped_in_a_row = skipped * (self.progress.skipped_in_a_row + 1)
         if self.progress.skipped_in_a_row == min(SKIPS_IN_A_ROW, self.plan.steps):
             raise Diverged(f"{self.progress.skipped_in_a_row} steps in a row had no finite gradient, up to step {self.progress.step + 1} "
                            f"with train.lr={self.config.train.lr:g}{self._good_state()}")
-        return False
 
     def check_finite(self) -> None:
         "Raise `Diverged` if any loss or gradient since the last check was not finite."
@@ -525,6 +529,7 @@ class Trainer:
         "Write a checkpoint; what is not yet in the log goes there first, since the sums of an interval are not saved."
         if self.interval.seconds:
             self.log()
+        self._follow_gate()
         valid = self.validation if self.validation.get("step") == self.progress.step else {}
         if self.world.is_first:
             self.progress.peak_memory = self._peak_memory()
@@ -560,15 +565,19 @@ class Trainer:
 
     def warm_up(self) -> None:
         "Compute gradients and forget them, so that compilation does not count as training."
-        self.set_loops()
         self.set_rates()
+        for looping in sorted({self.set_loops(), True}, reverse=True):  # loops that begin later need code of their own; now comes last
+            self.model.set_looping(looping)
+            self._compute_gradients()
+        self.optimizer.zero_grad(set_to_none=True)
+
+    def _compute_gradients(self) -> None:
         batch = self.batches.batch(self.progress.step, self.world.rank, self.world.size)
         gradients(self.objective, batch, self.own, self.device, self.dtype)
         if self.config.model.is_pooled:  # a second number of patches makes code for any; it is near the first, for which code is best
             shorter = batch.inputs.clone()
             shorter[:, -(shorter.shape[1] // 8):] = 0
             gradients(self.objective, replace(batch, inputs=shorter), self.own, self.device, self.dtype)
-        self.optimizer.zero_grad(set_to_none=True)
 
     def fit(self) -> None:
         "Train to the end. Raises `Stopped` or `Diverged`."

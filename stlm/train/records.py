@@ -105,11 +105,18 @@ def find_runs(folder: str | Path # such as `runs` or `runs/quickstart`
 # %% ../../nbs/43_train.records.ipynb #8f0d8d2d
 def read_log(path: Path         # log.jsonl
              ) -> list[dict]:   # complete lines only
-    "The complete lines of a log."
+    "The complete lines of a log. Raises `StlmError` for a damaged one."
     if not path.exists():
         return []
-    lines = path.read_text("utf-8").split("\n")
-    return [json.loads(line) for line in lines[:-1] if line]  # what follows the last line end is half a line, or nothing
+    lines = path.read_bytes().split(b"\n")[:-1]  # what follows the last line end is half a line, or nothing
+    return [_read_line(path, number, line) for number, line in enumerate(lines, start=1) if line]
+
+
+def _read_line(path: Path, number: int, line: bytes) -> dict[str, Any]:
+    try:
+        return json.loads(line)
+    except ValueError as error:
+        raise StlmError(f"{path} is damaged in line {number} ({error}); delete that line") from error
 
 
 def append_log(path: Path,           # log.jsonl
