@@ -148,9 +148,13 @@ def _put_back(path: Path) -> None: # or delete what is no longer needed
 # %% ../nbs/00_foundation.ipynb #1bdd0c2b
 def fingerprint(content: Any # anything JSON can express; the order of keys does not matter
                 ) -> str:    # 16 hexadecimal digits
-    "Name content by the SHA-256 of its canonical JSON."
+    "Name content by the SHA-256 of its canonical JSON. Raises `StlmError` for a lone surrogate."
     canonical = json.dumps(content, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
-    return hashlib.sha256(canonical.encode("utf-8")).hexdigest()[:16]
+    try:
+        return hashlib.sha256(canonical.encode("utf-8")).hexdigest()[:16]
+    except UnicodeEncodeError as error:
+        near = canonical[max(0, error.start - 20):error.start + 20]
+        raise StlmError(f"{near!r} holds a lone surrogate, which is no valid Unicode; clean the text") from None
 
 
 def file_sha256(path: str | os.PathLike # the file to read
