@@ -6,9 +6,10 @@
 __all__ = ['Corruption', 'CORRUPTIONS', 'Pool', 'Item', 'make_items', 'progression', 'progression_table']
 
 # %% ../../nbs/61_evaluate.progression.ipynb #fa23a99d
+import heapq
 import math
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -104,17 +105,22 @@ class Item:
 
 def _pieces(texts: Iterable[str], items: int, context_words: int, words: int) -> list[tuple[int, str, str, str]]:
     "(document, context, white space, continuation) of the first pieces of documents, then of the second ones, and so on."
-    found: list[tuple[int, int, str, str, str]] = []
+    found = []
+    for _, document, part in heapq.nsmallest(items, _all_pieces(texts, items, context_words + words)):  # holds no more than these
+        before, after = part[:context_words], part[context_words:]
+        context, continuation = ("".join(space + word for space, word in some) for some in (before, after))
+        found.append((document, context.lstrip(), after[0][0], continuation.lstrip()))
+    return found
+
+
+def _all_pieces(texts: Iterable[str], items: int, size: int) -> Iterator[tuple[int, int, list[tuple[str, str]]]]: # place, document, words
+    beginnings = 0
     for document, text in enumerate(texts):
         parts = _WORD.findall(text)
-        size = context_words + words
-        for number in range(len(parts) // size):
-            before, after = (parts[number * size:][:context_words], parts[number * size:][context_words:size])
-            context, continuation = ("".join(space + word for space, word in part) for part in (before, after))
-            found.append((number, document, context.lstrip(), after[0][0], continuation.lstrip()))
-        if sum(number == 0 for number, *_ in found) == items:
-            break
-    return [piece for _, *piece in sorted(found, key=lambda piece: piece[:2])[:items]]  # type: ignore[misc]
+        yield from ((place, document, parts[place:place + size]) for place in range(0, len(parts) - size + 1, size))
+        beginnings += len(parts) >= size
+        if beginnings == items:
+            return
 
 
 def _corrupt(corruption: Corruption, text: str, random: np.random.Generator, pool: Pool) -> str | None:
