@@ -15,6 +15,10 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # as many workers as cores: more 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ["MPLBACKEND"] = "agg"
 
+SHARED = ROOT.parent / "shared" / "data"
+if SHARED.is_dir():  # real text beside the checkout is found as `make` finds it
+    os.environ.setdefault("STLM_SHARED_DATA", str(SHARED))
+
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--slow", action="store_true", help="run the notebook cells marked #| slow as well")

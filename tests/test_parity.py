@@ -47,12 +47,30 @@ FAMILIES = {"bpe:400": dict(context=192), "bytes": dict(context=384), "bytes+bpe
             "bytes pooled": dict(context=384, patches=PatchConfig(patcher="space", d_local=32, n_heads=2, d_ff=64, window=32, ngram=3))}
 
 
+def invented() -> dict[str, list[dict]]:
+    "Items of every benchmark where none of the real ones are at hand."
+    nouns = ["cat", "dog", "horse", "bird", "fish"]  # EACH of them
+    school = [{"question": f"What does a {noun} need?", "choices": {"text": ["air", "coins", f"another {noun}"], "label": [*"ABC"]},
+               "answerKey": "A"} for noun in nouns]
+    exams = [{"question": f"How old is this {noun}?", "choices": ["one", "two", "ten", "none of them"], "answer": n % 4, "subject": subject}
+             for subject in ("anatomy", "college_mathematics") for n, noun in enumerate(nouns)]
+    return {"blimp": [{"sentence_good": f"Many {noun}s were asleep.", "sentence_bad": f"Many {noun}s was asleep.", "UID": paradigm,
+                       "linguistics_term": "quantifiers", "field": "syntax"} for paradigm in SAMPLES["blimp"][1] for noun in nouns],
+            "hellaswag_val": [{"activity_label": "Cooking", "ctx_a": f"A {noun} is in the kitchen.", "ctx_b": "the cook", "label": "2",
+                               "endings": ["adds oil to it.", "sleeps [step] near it.", "sings to it.", "reads  it."]} for noun in nouns],
+            "arc_easy_train": school, "arc_easy_test": school, "mmlu_dev": exams, "mmlu_test": exams,
+            "winogrande_dev": [{"sentence": f"The {noun} did not fit into the box because the _ was too big.", "option1": noun,
+                                "option2": "box", "answer": "1"} for noun in nouns]}
+
+
 @pytest.fixture(scope="module")
 def samples(tmp_path_factory: pytest.TempPathFactory) -> Path:
     "The first items of every benchmark, in the hub's columns."
-    if not SHARED.is_dir():
-        pytest.skip("no benchmarks are at hand; STLM_SHARED_DATA names a folder that holds them")
     folder = tmp_path_factory.mktemp("benchmarks")
+    if not SHARED.is_dir():
+        for name, rows in invented().items():
+            (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        return folder
     for name, (column, wanted) in SAMPLES.items():
         seen: Counter[str] = Counter()
         with lzma.open(SHARED / f"{name}.jsonl.xz", "rt", encoding="utf-8") as lines, open(folder / f"{name}.jsonl", "w") as file:

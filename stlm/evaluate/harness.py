@@ -365,17 +365,17 @@ def parity(model: LanguageModel,                      # or a `ReferenceModel`
            show_progress: bool = False
            ) -> pd.DataFrame:                         # one row a task; the difference of log-probabilities is relative
     "Score benchmarks twice: with `evaluate.benchmarks`, and with the second model in lm-eval. Raises `StlmError` for an unknown task."
+    known = {name: name.removesuffix("_5shot") for name in tasks}
+    for name in tasks:
+        if known[name] not in LOCAL_TASKS or name not in TASKS:
+            raise StlmError(f"tasks={name} cannot be compared with lm-eval; {did_you_mean(name, LOCAL_TASKS)}")
     with TemporaryDirectory() as folder:
-        present, second = write_tasks(data_dir, folder), second_model(model, tokenizer)
-        rows: list[dict[str, Any]] = []
+        for benchmark in dict.fromkeys(known.values()):
+            _write_benchmark(LOCAL_TASKS[benchmark], data_dir, Path(folder))
+        second, rows = second_model(model, tokenizer), list[dict[str, Any]]()
         for name in tasks:
-            known = name.removesuffix("_5shot")
-            if known not in LOCAL_TASKS or name not in TASKS:
-                raise StlmError(f"tasks={name} cannot be compared with lm-eval; {did_you_mean(name, LOCAL_TASKS)}")
-            for file in () if known in present else LOCAL_TASKS[known].files.values():
-                local_rows(data_dir, file)  # says which is missing
             result = evaluate(model, tokenizer, TASKS[name], data_dir, limit, show_progress=show_progress)
             if (longest := max(max(counts) for counts in result.table["n_tokens"])) > model.config.context:
                 raise StlmError(f"an answer of {name} has {longest} symbols and the model reads {model.config.context}: lm-eval refuses it")
-            rows.append({"task": name} | _compared(result, *_asked(second, known, TASKS[name].shots, folder, limit or None)))
+            rows.append({"task": name} | _compared(result, *_asked(second, known[name], TASKS[name].shots, folder, limit or None)))
     return pd.DataFrame(rows).assign(second=type(second).__name__)
