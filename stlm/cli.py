@@ -153,7 +153,8 @@ def _measure(name: str, corpus: str | None, split: str, max_bytes: int, stride: 
           f"window {bits.window}, stride {bits.stride}")
     changed = {"max-bytes": None if max_bytes == _MAX_BYTES else max_bytes, "stride": stride or None}
     output = folder / f"bits_{label}{''.join(f'_{option}-{value}' for option, value in changed.items() if value is not None)}.json"
-    write_json(output, figures | source | _origin(name, {"corpus": corpus, "split": None if split == "validation" else split} | changed))
+    origin = _origin(name, {"corpus": corpus, "split": None if split == "validation" else split} | changed)
+    write_json(output, figures | source | (origin if bits.is_new else _kept(output, origin)))
     write_text(output.with_suffix(".csv"), bits.per_document.to_csv(index=False))
     print(f"wrote {output}, and every document beside it as .csv")
 
@@ -212,7 +213,10 @@ def _write_result(result: Any, origin: dict[str, Any]) -> list[str]: # beside th
 
 
 def _kept(path: Path, origin: dict[str, Any]) -> dict[str, Any]: # the origin of a table that was found, maybe from another machine
-    before = json.loads(path.read_text("utf-8")) if path.exists() else {}
+    try:
+        before = json.loads(path.read_text("utf-8"))
+    except (OSError, ValueError):  # not there, or damaged
+        before = {}
     return origin | {"environment": None} | {name: before[name] for name in origin if name in before}
 
 

@@ -14,12 +14,13 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from helpers import stlm
+from helpers import real_text, stlm
 from stlm.cli import app
 from stlm.config import DataConfig, ModelConfig
 from stlm.data.tokenizers import Tokenizer, open_tokenizer
 from stlm.evaluate import benchmarks
 from stlm.evaluate.benchmarks import FIVE, TASKS, Item, Row, Source, Task, choices, evaluate, load_items, open_model
+from stlm.evaluate.contamination import hash_words
 from stlm.foundation import StlmError
 from stlm.infer.scoring import score
 from stlm.model.lm import LanguageModel
@@ -111,7 +112,7 @@ def test_hellaswag_is_cleaned_as_in_the_harness() -> None:
 def test_choices_of_arc_may_be_numbered() -> None:
     labels = ["1", "2", "3", "4", "5"]
     row = Row({"question": "How many?", "choices": {"text": list("vwxyz"), "label": labels}, "answerKey": "4"})
-    assert TASKS["arc_easy"].item(row) == Item(choices("Question: How many?\nAnswer:", list("vwxyz")), 3)
+    assert TASKS["arc_easy"].item(row) == Item(choices("Question: How many?\nAnswer:", list("vwxyz")), 3, plain="How many? y")
 
 
 def test_the_sets_are_complete(loaded: dict[str, list[Item]]) -> None:
@@ -121,6 +122,14 @@ def test_the_sets_are_complete(loaded: dict[str, list[Item]]) -> None:
     subjects, categories = (set(groups) for groups in zip(*(item.groups for item in loaded["mmlu"]), strict=True))
     assert len(subjects) == 57 and len(categories) == 4
     assert sum(len(item.pairs) != 4 for item in loaded["arc_easy"]) == 11
+
+
+def test_a_question_is_told_without_its_frame(loaded: dict[str, list[Item]]) -> None:
+    assert loaded["mmlu_5shot"][13871].plain == loaded["mmlu_cloze"][13871].plain == "What can murtis be translated as? Idols"
+    assert loaded["arc_easy"][500].plain == "What gas in the air do we need to breathe in order to live? oxygen"
+    assert loaded["blimp_in_text"][0].plain == loaded["blimp"][0].plain == " Who should Derek hug after shocking Richard?"
+    assert loaded["hellaswag"][5].plain == f"{JUMP} celebrates by clapping and flexing both arms."
+    assert sum(len(hash_words(item.plain)) < 8 for item in loaded["mmlu"]) == 160, "too short for an overlap of eight words"
 
 
 def test_a_limit_holds_for_each_of_the_finest_groups(data: Path, loaded: dict[str, list[Item]]) -> None:
@@ -191,6 +200,7 @@ def test_a_last_word_is_right_if_it_would_be_written(tmp_path: Path, subject: tu
     assert list(result.table["acc"]) == [each.greedy for each in by_hand]
     assert result.summary()["perplexity"] == pytest.approx(math.exp(-np.mean([each.logprob for each in by_hand])), rel=1e-4)
     assert result.summary()["chance"] == 0 and result.summary()["acc_norm"] is None
+    assert replace(result, table=result.table.assign(truth_logprob=-1e4)).summary()["perplexity"] is None, "no number is as large"
 
 
 def test_questions_that_do_not_fit_are_counted(small: Path, subject: tuple) -> None:
@@ -258,6 +268,16 @@ def test_what_differs_is_not_mixed_up(small: Path, subject: tuple, tmp_path: Pat
     assert evaluate(model, tokenizer, task, small, 0, tmp_path, show_progress=False).path not in paths
 
 
+def test_what_was_found_is_judged_again(tmp_path: Path, subject: tuple) -> None:
+    save(tmp_path, "same.jsonl", [{"text": "A cat."}, {"text": "A dog."}])
+    first = Task("same", Source("nobody/same", None, "test", "same"), lambda row: Item(choices("", [row.text("text")] * 2), 1))
+    shared, folder = replace(first, ties="shared"), tmp_path / "kept"
+    tables = [evaluate(*subject, task, tmp_path, folder=folder, show_progress=False).table for task in (first, shared, shared, first)]
+    assert [table["acc"].tolist() for table in tables] == [[0, 0], [0.5, 0.5], [0.5, 0.5], [0, 0]]
+    (path,) = folder.iterdir()
+    assert pd.read_parquet(path)["acc"].tolist() == [0, 0], "the file says what was said last"
+
+
 # sources and errors
 
 def test_the_hub_is_read_by_datasets(small: Path, tmp_path: Path) -> None:
@@ -275,16 +295,25 @@ def test_the_hub_is_read_by_datasets(small: Path, tmp_path: Path) -> None:
 
 
 SCENE = {"activity_label": "a", "ctx_a": "b", "endings": ["c", "d"], "label": "2"}
+SCHOOL_ROW = {"question": "q", "choices": {"text": ["a", "b"], "label": ["A", "B"]}, "answerKey": "B"}
 EXAM = {"subject": "anatomy", "question": "q", "choices": list("abcd"), "answer": 4}
 
 
 @pytest.mark.parametrize("name, row, said", [
     ("hellaswag_val", SCENE, "field 'ctx_b' is missing"),
     ("hellaswag_val", SCENE | {"ctx_b": ""}, "field 'label' holds '2'; allowed: one of 0, 1"),
-    ("arc_easy_test", {"question": "q", "choices": {"text": ["a"], "label": ["A"]}, "answerKey": "B"}, "field 'answerKey' holds 'B'"),
+    ("arc_easy_test", SCHOOL_ROW | {"answerKey": "C"}, "field 'answerKey' holds 'C'; allowed: one of A, B"),
+    ("arc_easy_test", SCHOOL_ROW | {"choices": {"text": ["a"], "label": ["A"]}},
+     "field 'choices.text' holds ['a']; allowed: a list of two or more texts"),
+    ("arc_easy_test", SCHOOL_ROW | {"choices": {"text": list("abc"), "label": list("AB")}}, "field 'choices.label' holds ['A', 'B']"),
+    ("arc_easy_test", SCHOOL_ROW | {"choices": {"text": list("ab"), "label": list("ABC")}}, "field 'choices.label' holds ['A', 'B', 'C']"),
     ("winogrande_dev", {"sentence": "a _ b", "option1": "x", "option2": "y", "answer": ""}, "field 'answer' holds ''"),
     ("mmlu_test", EXAM | {"choices": "abcd"}, "field 'choices' holds 'abcd'"),
+    ("mmlu_test", EXAM | {"choices": list("abcde")}, "field 'choices' holds ['a', 'b', 'c', 'd', 'e']; allowed: a list of 4 texts"),
+    ("mmlu_test", EXAM | {"choices": ["a"], "answer": 0}, "field 'choices' holds ['a']; allowed: a list of 4 texts"),
     ("mmlu_test", EXAM, "field 'answer' holds 4; allowed: one of 0, 1, 2, 3"),
+    ("mmlu_test", EXAM | {"question": "half a \ud800 pair"}, "field 'question' holds 'half a \\ud800 pair'"),
+    ("mmlu_test", EXAM | {"question": " "}, "field 'question' holds ' '; allowed: text in valid Unicode, not blank"),
     ("blimp", {"sentence_good": None, "field": "f", "linguistics_term": "l", "UID": "u"}, "field 'sentence_good' holds None"),
 ])
 def test_a_bad_row_is_named(small: Path, tmp_path: Path, name: str, row: dict, said: str) -> None:
@@ -307,6 +336,13 @@ def test_what_editors_leave_in_a_file_is_passed_over(tmp_path: Path, ending: str
     path.write_text(text, encoding="utf-8-sig")
     assert [dict(row.fields) for row in benchmarks.local_rows(tmp_path, "piqa_val")] == rows
     assert [item.number for item in load_items(TASKS["piqa"], tmp_path)] == [0, 1, 2]
+
+
+@pytest.mark.parametrize("text", ["goal,sol1,sol2,label\na,b,c,0\na,b,c,0,\n", "goal,sol1,sol2,label\na,b,c,0\na,b,0\n"])
+def test_a_row_with_other_cells_than_columns_is_named(tmp_path: Path, text: str) -> None:
+    (tmp_path / "piqa_val.csv").write_text(text)
+    with pytest.raises(StlmError, match=r"piqa_val\.csv: ValueError: row 2 has [35] cells for 4 columns"):
+        load_items(TASKS["piqa"], tmp_path)
 
 
 def test_a_blank_line_counts_where_a_row_is_named(tmp_path: Path) -> None:
@@ -362,21 +398,28 @@ def test_a_call_leaves_the_results_of_others(small: Path, subject: tuple, tmp_pa
 def test_a_result_keeps_the_machine_that_scored_it(small: Path, subject: tuple, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     save_pretrained(tmp_path / "model", *subject)
 
-    def written(machine: str, *options: str) -> dict:
+    def written(machine: str, *options: str, name: str = "evaluations/arc_easy") -> dict:
         monkeypatch.setattr("stlm.hardware.describe", lambda: {"cpu": machine})
-        app(["evaluate", str(tmp_path / "model"), "--data-dir", str(small), "--tasks", *options], standalone_mode=False)
-        (path,) = (tmp_path / "model" / "evaluations").glob("arc_easy*.json")
+        app(["evaluate", str(tmp_path / "model"), *options], standalone_mode=False)
+        (path,) = (tmp_path / "model").glob(f"{name}*.json")
         return json.loads(path.read_text())
 
-    first = written("cluster", "arc_easy")
-    assert first["environment"] == {"cpu": "cluster"} and first == written("laptop", "arc_easy,winogrande")
+    text = ("--corpus", real_text(tmp_path), "--max-bytes", "2000")
+    bits = written("cluster", *text, name="bits_")
+    assert bits["environment"] == {"cpu": "cluster"} and bits == written("laptop", *text, name="bits_")
+
+    asked = ("--data-dir", str(small), "--tasks")
+    first = written("cluster", *asked, "arc_easy")
+    assert first["environment"] == {"cpu": "cluster"} and first == written("laptop", *asked, "arc_easy,winogrande")
     (found,) = (tmp_path / "model" / "evaluations").glob("winogrande*.json")
     assert json.loads(found.read_text())["environment"] == {"cpu": "laptop"}
     (table,) = (tmp_path / "model" / "evaluations").glob("arc_easy*.parquet")
     table.with_suffix(".json").unlink()
-    assert written("laptop", "arc_easy")["environment"] is None, "nobody knows"
+    assert written("laptop", *asked, "arc_easy")["environment"] is None, "nobody knows"
+    table.with_suffix(".json").write_text('{"environment": ')
+    assert written("laptop", *asked, "arc_easy")["environment"] is None, "a damaged one counts as missing"
     table.unlink()
-    assert written("laptop", "arc_easy")["environment"] == {"cpu": "laptop"}
+    assert written("laptop", *asked, "arc_easy")["environment"] == {"cpu": "laptop"}
 
 
 @pytest.mark.parametrize("given, said", [
@@ -416,4 +459,5 @@ def test_a_task_of_ones_own(tmp_path: Path, subject: tuple) -> None:
                lambda row: Item(choices(f"{row.text('a')} + {row.text('b')} =", "5678"), row.position("sum", "5678")), shots=1,
                examples=Source("nobody/sums", None, "test", "sums"))
     result = evaluate(*subject, own, tmp_path, show_progress=False)
+    assert result.items[0].pairs[0] == ("1 + 7 = 8\n\n2 + 3 =", " 5"), "no question is its own example"
     assert result.items[1].pairs[3] == ("2 + 3 = 5\n\n1 + 7 =", " 8") and result.items[1].truth == 3 and result.summary()["n_items"] == 2

@@ -12,7 +12,6 @@ import json
 import math
 import re
 import shlex
-import shutil
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -25,7 +24,8 @@ import pandas as pd
 import torch
 
 from ..data.tokenizers import Tokenizer
-from .kept import keep_table, kept, model_fingerprint, portions_of, read_table
+from .contamination import per_length
+from .kept import keep_table, kept, kept_portions, model_fingerprint
 from ..foundation import StlmError, bits_of, cache_folder, did_you_mean, fingerprint, progress
 from ..config import Precision
 from ..hardware import pick_device, pick_precision
@@ -44,22 +44,32 @@ def unpacked(value: Any # a cell
         return value
 
 
+def _is_text(value: Any) -> bool: # half a surrogate pair, which a JSON string may hold, has no bytes
+    return isinstance(value, str) and value.encode("utf-8", "ignore").decode("utf-8") == value
+
+
 @dataclass(frozen=True)
 class Row:
     "One line of a data set. A field that is missing or impossible is an `StlmError` that names it."
     fields: Mapping[str, Any] # column -> cell; in CSV files every cell is text, and lists in it are JSON
     place: str = "row"        # file or data set and number of the row, for messages
 
-    def text(self, name: str) -> str:
+    def text(self, name: str,
+             may_be_blank: bool = False
+             ) -> str:
         "A cell that holds text."
         value = self.cell(name)
-        return value if isinstance(value, str) else self.refuse(name, value, "text")
+        if _is_text(value) and (may_be_blank or value.strip()):
+            return value
+        return self.refuse(name, value, "text in valid Unicode" + ", not blank" * (not may_be_blank))
 
-    def texts(self, name: str) -> list[str]:
-        "A cell that holds a list of texts."
+    def texts(self, name: str,
+              count: int | None = None # None = two or more
+              ) -> list[str]:
+        "A cell that holds a list of texts, such as the choices."
         value = unpacked(self.cell(name))
-        if not isinstance(value, list) or not value or not all(isinstance(each, str) for each in value):
-            self.refuse(name, value, "a list of texts")
+        if not isinstance(value, list) or not all(map(_is_text, value)) or (len(value) < 2 if count is None else len(value) != count):
+            self.refuse(name, value, f"a list of {'two or more' if count is None else count} texts in valid Unicode")
         return value
 
     def position(self, name: str,
@@ -94,6 +104,7 @@ class Item:
     pairs: tuple[Pair, ...]      # one for each choice; one alone asks whether the model would write it
     truth: int = 0               # which of them is right
     groups: tuple[str, ...] = () # what it belongs to, in the order of `Task.groups`
+    plain: str = ""              # question and right answer without what frames them; "" = the right pair, as it is without examples
     number: int = 0              # of its row, counted from 0
 
     def __post_init__(self) -> None:
@@ -145,21 +156,23 @@ def _without_marks(text: str) -> str:
 
 def _hellaswag(row: Row) -> Item:
     endings = row.texts("endings")
-    context = f"{row.text('activity_label')}: {row.text('ctx_a')} {row.text('ctx_b').capitalize()}"
+    context = f"{row.text('activity_label')}: {row.text('ctx_a')} {row.text('ctx_b', may_be_blank=True).capitalize()}"
     truth = row.position("label", [str(number) for number in range(len(endings))])
     return Item(choices(_without_marks(context), list(map(_without_marks, endings))), truth)
 
 # %% ../../nbs/62_evaluate.benchmarks.ipynb #a90d608e
-def _question(row: Row, name: str) -> str:
-    return f"Question: {row.text(name)}\nAnswer:"
+def _asked(question: str, texts: list[str], truth: int, groups: tuple[str, ...] = ()) -> Item:
+    "A question that is answered with the words of a choice."
+    return Item(choices(f"Question: {question}\nAnswer:", texts), truth, groups, f"{question} {texts[truth]}")
 
 
 def _arc(row: Row) -> Item:
-    return Item(choices(_question(row, "question"), row.texts("choices.text")), row.position("answerKey", row.texts("choices.label")))
+    texts = row.texts("choices.text")
+    return _asked(row.text("question"), texts, row.position("answerKey", row.texts("choices.label", len(texts))))
 
 
 def _piqa(row: Row) -> Item:
-    return Item(choices(_question(row, "goal"), [row.text("sol1"), row.text("sol2")]), row.position("label", "01"))
+    return _asked(row.text("goal"), [row.text("sol1"), row.text("sol2")], row.position("label", "01"))
 
 
 def _filled(row: Row) -> tuple[list[str], str, int]:
@@ -201,23 +214,16 @@ _SUBJECTS = {
 _CATEGORY = {subject: category for category, subjects in _SUBJECTS.items() for subject in subjects.split()}
 
 
-def _mmlu_parts(row: Row) -> tuple[str, list[str], int, tuple[str, str]]:
-    "Question, choices, which is right, and subject with its category."
-    texts, subject = row.texts("choices"), row.text("subject")
+def _mmlu_cloze(row: Row) -> Item:
+    subject = row.text("subject")
     if subject not in _CATEGORY:
         row.refuse("subject", subject, did_you_mean(subject, _CATEGORY))
-    return row.text("question").strip(), texts, row.position("answer", "0123"[:len(texts)]), (subject, _CATEGORY[subject])
+    return _asked(row.text("question").strip(), row.texts("choices", 4), row.position("answer", "0123"), (subject, _CATEGORY[subject]))
 
 
 def _mmlu(row: Row) -> Item:
-    question, texts, truth, groups = _mmlu_parts(row)
-    lines = [question, *(f"{letter}. {text}" for letter, text in zip("ABCD", texts, strict=False)), "Answer:"]
-    return Item(choices("\n".join(lines), "ABCD"[:len(texts)]), truth, groups)
-
-
-def _mmlu_cloze(row: Row) -> Item:
-    question, texts, truth, groups = _mmlu_parts(row)
-    return Item(choices(f"Question: {question}\nAnswer:", texts), truth, groups)
+    lines = [row.text("question").strip(), *map("{}. {}".format, "ABCD", row.texts("choices", 4)), "Answer:"]
+    return replace(_mmlu_cloze(row), pairs=choices("\n".join(lines), "ABCD"))
 
 
 def _about(kind: str) -> Callable[[Item], str]:
@@ -272,10 +278,14 @@ def _read_jsonl(file: Path) -> Iterator[Mapping[str, Any] | None]: # None for a 
             yield fields
 
 
-def _read_csv(file: Path, **kind: Any) -> Iterator[Mapping[str, Any]]:
+def _read_csv(file: Path, **kind: Any) -> Iterator[Mapping[str, Any] | None]: # None for a blank line, too
     with _text_of(file) as lines:
-        table = pd.read_csv(lines, dtype=str, keep_default_na=False, **kind)  # the word "null" is text, and so is "007"
-    yield from (dict(zip(table.columns, cells, strict=True)) for cells in table.itertuples(index=False))
+        rows = csv.reader(lines, strict=True, **kind)
+        columns = next(filter(None, rows), [])
+        for number, cells in enumerate(rows, start=1):
+            if cells and len(cells) != len(columns):
+                raise ValueError(f"row {number} has {len(cells)} cells for {len(columns)} columns")
+            yield {name: cell for name, cell in zip(columns, cells, strict=True) if name} if cells else None  # pandas names no index
 
 
 def _read_parquet(file: Path) -> Iterator[Mapping[str, Any]]:
@@ -290,7 +300,7 @@ def _text_of(file: Path) -> Any: # an open file, unpacked on the way, without th
 
 _READERS: dict[str, Callable[[Path], Iterator[Mapping[str, Any] | None]]] = {
     ".jsonl": _read_jsonl, ".parquet": _read_parquet, ".csv": _read_csv,
-    ".tsv": partial(_read_csv, sep="\t", quoting=csv.QUOTE_NONE)}  # where a quotation mark is text
+    ".tsv": partial(_read_csv, delimiter="\t", quoting=csv.QUOTE_NONE)}  # where a quotation mark is text
 _PACKINGS = ("", ".xz", ".gz", ".zst")
 
 
@@ -346,7 +356,8 @@ def read_rows(source: Source,
 
 
 def _items(task: Task, source: Source, data_dir: str | Path | None) -> list[Item]:
-    return [replace(task.item(row), number=number) for number, row in enumerate(read_rows(source, data_dir))]
+    items = map(task.item, read_rows(source, data_dir))
+    return [replace(item, number=number, plain=item.plain or "".join(item.pairs[item.truth])) for number, item in enumerate(items)]
 
 # %% ../../nbs/62_evaluate.benchmarks.ipynb #557e95de
 def load_items(task: Task,
@@ -372,8 +383,9 @@ def _first(items: list[Item], limit: int) -> list[Item]:
 
 
 def _introduced(task: Task, item: Item, examples: list[Item]) -> Item:
-    "A question behind the intro and the examples of its group."
-    shown = [example for example in examples if example.groups[:1] == item.groups[:1]][:task.shots]
+    "A question behind the intro and the examples of its group, of which it is none itself."
+    own = item.number if task.examples == task.source else None
+    shown = [example for example in examples if example.groups[:1] == item.groups[:1] and example.number != own][:task.shots]
     if len(shown) < task.shots:
         of = f" of {item.groups[0]}" if item.groups else ""
         raise StlmError(f"{task.name} shows {task.shots} examples, but there are {len(shown)}{of}")
@@ -382,16 +394,15 @@ def _introduced(task: Task, item: Item, examples: list[Item]) -> Item:
 
 # %% ../../nbs/62_evaluate.benchmarks.ipynb #d866a869
 def _right(task: Task, scores: np.ndarray, truth: int) -> float: # 1, 0, or between them where a tie is shared
-    best = np.flatnonzero(scores == scores.max())
-    return float(truth in best) / len(best) if task.ties == "shared" else float(best[0] == truth)
+    values, best = scores.tolist(), scores.max()
+    return float(values[truth] == best) / values.count(best) if task.ties == "shared" else float(values.index(best) == truth)
 
 
-def _by_length(item: Item, logprobs: np.ndarray, raw: Mapping[Any, Any]) -> dict[str, np.ndarray]:
-    "What acc_norm and acc_bytes compare."
-    blank = np.array([continuation.startswith(" ") for _, continuation in item.pairs])
-    with np.errstate(divide="ignore"):  # an empty choice is infinitely bad by its length, as in the harness
-        return {"acc_norm": logprobs / (np.asarray(raw["n_characters"]) - blank),
-                "acc_bytes": logprobs / (np.asarray(raw["n_bytes"]) - blank)}
+def _compared(item: Item, logprobs: np.ndarray) -> dict[str, np.ndarray]:
+    "What each accuracy compares."
+    texts = [continuation for _, continuation in item.pairs]
+    return {"acc": logprobs, "acc_norm": per_length(logprobs, texts),
+            "acc_bytes": per_length(logprobs, texts, lambda text: len(text.encode("utf-8")))}
 
 
 def _judge(task: Task,
@@ -403,7 +414,7 @@ def _judge(task: Task,
     if len(logprobs) == 1:
         right = {"acc": float(raw["greedy"][0]), "acc_norm": math.nan, "acc_bytes": math.nan}
     else:
-        right = {name: _right(task, scores, truth) for name, scores in {"acc": logprobs, **_by_length(item, logprobs, raw)}.items()}
+        right = {name: _right(task, scores, truth) for name, scores in _compared(item, logprobs).items()}
     log_share = logprobs[truth] - np.logaddexp.reduce(logprobs) if len(logprobs) > 1 else math.nan
     of_truth = {"truth_logprob": logprobs[truth], "truth_bytes": raw["n_bytes"][truth], "truth_log_share": log_share,
                 "truth_share": math.exp(log_share), "chance": 1 / len(logprobs) if len(logprobs) > 1 else 0.0}
@@ -459,7 +470,8 @@ class Result:
         figures["truth_logprob"] = float(table["truth_logprob"].mean())
         figures["truth_log_share"] = _mean(self.task, table, "truth_log_share")[0]
         figures["truth_bits_per_byte"] = bits_of(-float(table["truth_logprob"].sum()), int(table["truth_bytes"].sum()))
-        figures["perplexity"] = math.exp(-table["truth_logprob"].mean()) if "perplexity" in self.task.metrics else math.nan
+        with np.errstate(over="ignore"):  # of a model that is far off, it is too large for a number
+            figures["perplexity"] = float(np.exp(-table["truth_logprob"].mean())) if "perplexity" in self.task.metrics else math.nan
         return figures | {"chance": float(table["chance"].mean()), "n_items": len(table), "n_truncated": int(table["truncated"].sum())}
 
 # %% ../../nbs/62_evaluate.benchmarks.ipynb #2d68a1e4
@@ -470,17 +482,11 @@ def _device(model: LanguageModel) -> torch.device:
 _PORTION_CHARACTERS = 500_000  # text that is scored together: seconds for a small model, a minute for a large one
 
 
-def _portions(items: Sequence[Item]) -> Iterator[list[Item]]:
-    portion: list[Item] = []
-    size = 0
-    for item in items:
-        portion.append(item)
-        size += sum(map(len, {context for context, _ in item.pairs})) + sum(len(continuation) for _, continuation in item.pairs)
-        if size >= _PORTION_CHARACTERS:
-            yield portion
-            portion, size = [], 0
-    if portion:
-        yield portion
+def _characters(item: Item) -> int: # that are read
+    return sum(map(len, {context for context, _ in item.pairs})) + sum(len(continuation) for _, continuation in item.pairs)
+
+
+_SCORED = ("logprob", "greedy", "n_tokens", "n_bytes", "n_characters") # of each choice
 
 
 def _score_portion(model: LanguageModel,
@@ -491,16 +497,15 @@ def _score_portion(model: LanguageModel,
     pairs = list(dict.fromkeys(pair for item in items for pair in item.pairs))  # equal pairs get equal scores, so a tie is seen as one
     with torch.autocast(_device(model).type, dtype, enabled=dtype != torch.float32):
         scores = dict(zip(pairs, score(model, tokenizer, pairs), strict=True))
-    columns = ("logprob", "greedy", "n_tokens", "n_bytes", "n_characters")
     scored = [[scores[pair] for pair in item.pairs] for item in items]
-    return pd.DataFrame([{column: [getattr(each, column) for each in choices] for column in columns}
+    return pd.DataFrame([{column: [getattr(each, column) for each in choices] for column in _SCORED}
                          | {"truncated": any(each.truncated for each in choices)} for choices in scored])
 
 # %% ../../nbs/62_evaluate.benchmarks.ipynb #9cb2c6c1
 def _scored(model: LanguageModel,
             tokenizer: Tokenizer,
             items: list[Item],
-            parts: Path | None,   # folder for the portions; what is there already is taken from there
+            path: Path | None,    # of the whole table
             title: str,
             dtype: torch.dtype,   # of the matrix products
             show_progress: bool
@@ -508,10 +513,10 @@ def _scored(model: LanguageModel,
     "Score all items, portion by portion."
     tables = []
     with progress(description=title, total=len(items), unit=" questions", disable=not show_progress) as bar:
-        for number, portion in enumerate(_portions(items)):
-            path = parts / f"{number:05}-{len(portion)}.parquet" if parts else None
-            tables.append(kept(path, partial(_score_portion, model, tokenizer, portion, dtype)))
-            bar.update(len(portion))
+        for table in kept_portions(path, items, _characters, _PORTION_CHARACTERS,
+                                   lambda portion, _: _score_portion(model, tokenizer, portion, dtype)):
+            tables.append(table)
+            bar.update(len(table))
     return pd.concat(tables, ignore_index=True)
 
 
@@ -531,14 +536,10 @@ def evaluate(model: LanguageModel,
     rounded = [] if dtype == torch.float32 else [str(dtype)]
     name = fingerprint([model_fingerprint(model, tokenizer), SCORER, task.name, task.version, limit, data, *rounded])
     path = Path(folder) / f"{task.name}-{name}.parquet" if folder else None
-    table = read_table(path) if path else None
-    is_new = table is None
-    if table is None:
-        parts = portions_of(path)
-        table = _judged(task, items, _scored(model, tokenizer, items, parts, task.name, dtype, show_progress))
-        if path and parts:
-            keep_table(path, table)
-            shutil.rmtree(parts, ignore_errors=True)
+    found, is_new = kept(path, lambda: _judged(task, items, _scored(model, tokenizer, items, path, task.name, dtype, show_progress)))
+    table = found if is_new else _judged(task, items, found[[*_SCORED, "truncated"]])
+    if path and not table.equals(found):  # another task of the same name, or an earlier version, judged the same scores
+        keep_table(path, table)
     return Result(task, items, table, is_new, limit, data, str(dtype).removeprefix("torch."), path)
 
 

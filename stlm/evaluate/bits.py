@@ -7,10 +7,9 @@ __all__ = ['ratio_interval', 'Bits', 'bits_per_byte', 'bits_by_window', 'domain_
 
 # %% ../../nbs/60_evaluate.bits.ipynb #aacf453b
 import math
-import shutil
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, fields
-from functools import cached_property, partial
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +19,7 @@ from numpy.typing import ArrayLike
 from scipy import stats
 
 from ..data.tokenizers import Tokenizer
-from .kept import kept, model_fingerprint, portions_of
+from .kept import kept, kept_portions, model_fingerprint
 from ..foundation import StlmError, bits_of, fingerprint, progress
 from ..infer.scoring import SCORER, Predictor, check_pair, token_logprobs, windows
 
@@ -70,6 +69,7 @@ class Bits:
     n_documents: int
     window: int                # symbols the model read at a time
     stride: int                # symbols from one window's beginning to the next
+    is_new: bool               # it was scored now; False = the table was found on disk
     table: pd.DataFrame        # for each document, by bytes in sight: document, seen_from, n_bytes, n_tokens, nats, end_nats
 
     @property
@@ -99,9 +99,10 @@ class Bits:
         return found.assign(bits_per_byte=[bits_of(nats, size) for nats, size in zip(found["nats"], found["n_bytes"], strict=True)])
 
     def summary(self) -> dict[str, Any]:
-        "The figures as plain values; the 95% interval over documents where there are two or more."
-        plain = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "table"}
-        interval = list(self.interval()) if self.n_documents > 1 else None
+        "The figures as plain values; the 95% interval over documents is None where they give no bounds."
+        plain = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in ("is_new", "table")}
+        low, high = self.interval() if self.n_documents > 1 else (-math.inf, math.inf)
+        interval = [low, high] if math.isfinite(high - low) else None
         quality = {"bits_per_byte": self.bits_per_byte, "bits_per_byte_without_end": self.bits_per_byte_without_end}
         return quality | {"interval": interval} | plain
 
@@ -115,19 +116,6 @@ class Bits:
 
 # %% ../../nbs/60_evaluate.bits.ipynb #64d8fc77
 _GROUP_CHARACTERS = 100_000  # text that is scored together: a dozen batches
-
-
-def _groups(texts: Iterable[str]) -> Iterator[list[str]]:
-    group: list[str] = []
-    size = 0
-    for text in texts:
-        group.append(text)
-        size += len(text)
-        if size >= _GROUP_CHARACTERS:
-            yield group
-            group, size = [], 0
-    if group:
-        yield group
 
 
 def _encode(tokenizer: Tokenizer, texts: list[str], before: int) -> list[np.ndarray]:
@@ -198,11 +186,8 @@ def bits_per_byte(model: Predictor,
     path = None
     if folder is not None and any(texts := list(texts)):
         path = Path(folder) / f"bits-{fingerprint([model_fingerprint(model, tokenizer), SCORER, _VERSION, window, stride, texts])}.parquet"
-    parts = portions_of(path)
-    table = kept(path, lambda: _measured(model, tokenizer, texts, window, stride, max_tokens_in_batch, parts, show_progress))
-    if parts:
-        shutil.rmtree(parts, ignore_errors=True)
-    return _summary(table, window, stride)
+    table, is_new = kept(path, lambda: _measured(model, tokenizer, texts, window, stride, max_tokens_in_batch, path, show_progress))
+    return _summary(table, window, stride, is_new)
 
 
 def _measured(model: Predictor,
@@ -211,7 +196,7 @@ def _measured(model: Predictor,
               window: int,
               stride: int,
               max_tokens_in_batch: int | None,
-              parts: Path | None,  # folder for the groups; what is there already is taken from there
+              path: Path | None,   # of the whole table
               show_progress: bool
               ) -> pd.DataFrame:   # as `Bits.table`
     def of_group(group: list[str], before: int) -> pd.DataFrame:
@@ -219,16 +204,14 @@ def _measured(model: Predictor,
         costs = _costs(model, encoded, window, stride, max_tokens_in_batch)
         return _table([tokenizer.token_bytes[symbols] for symbols in encoded], costs, before, window, stride)
 
-    tables, done, size = list[pd.DataFrame](), 0, 0
+    tables = list[pd.DataFrame]()
     with progress(description="bits per byte", unit="B", disable=not show_progress) as bar:
-        for group in _groups(texts):
-            path = parts / f"{done:09}-{len(group)}.parquet" if parts else None
-            tables.append(kept(path, partial(of_group, group, done)))
-            read = int(tables[-1]["n_bytes"].sum())
-            done, size = done + len(group), size + read
-            bar.update(read)
-    if not size:
-        raise StlmError(f"{done} documents without a single byte; there is nothing to measure")
+        for table in kept_portions(path, texts, len, _GROUP_CHARACTERS, of_group):
+            tables.append(table)
+            bar.update(int(table["n_bytes"].sum()))
+    if not any(table["n_bytes"].any() for table in tables):
+        n_documents = sum(table["document"].nunique() for table in tables)
+        raise StlmError(f"{n_documents} documents without a single byte; there is nothing to measure")
     return pd.concat(tables, ignore_index=True)
 
 
@@ -243,10 +226,10 @@ def _check_windows(model: Predictor, window: int | None, stride: int | None) -> 
     return window, stride
 
 
-def _summary(table: pd.DataFrame, window: int, stride: int) -> Bits:
+def _summary(table: pd.DataFrame, window: int, stride: int, is_new: bool) -> Bits:
     sums = table[["nats", "end_nats", "n_bytes", "n_tokens"]].sum()
     return Bits(float(sums["nats"]), float(sums["end_nats"]), int(sums["n_bytes"]), int(sums["n_tokens"]), table["document"].nunique(),
-                window, stride, table)
+                window, stride, is_new, table)
 
 # %% ../../nbs/60_evaluate.bits.ipynb #b57f1e40
 def bits_by_window(model: Predictor,
@@ -269,7 +252,7 @@ def domain_table(result: Bits,           # from `bits_per_byte`
     "Bits per byte of each kind of document with its 95% interval (NaN for a single one). Raises `StlmError` unless all have labels."
     if len(domains) != result.n_documents:
         raise StlmError(f"{len(domains)} labels for {result.n_documents} documents; every document needs one")
-    kinds = {str(kind): _summary(table, result.window, result.stride)
+    kinds = {str(kind): _summary(table, result.window, result.stride, result.is_new)
              for kind, table in result.table.groupby(np.array([str(domain) for domain in domains])[result.table["document"]], sort=True)}
     rows = [(kind, part.n_documents, part.n_bytes, part.bits_per_byte, *(part.interval() if part.n_documents > 1 else (math.nan, math.nan)))
             for kind, part in [*kinds.items(), ("all", result)]]
