@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ..data.tokenizers import Tokenizer, byte_alphabet, to_bytes
+from ..data.tokenizers import Tokenizer, _require_utf8, byte_alphabet, to_bytes
 from ..foundation import StlmError, fingerprint, optional
 from ..infer.scoring import LONGEST_TREE
 from ..model.attention import Tree
@@ -64,7 +64,7 @@ class ReferenceTokenizer(Tokenizer):
     def _cut(self, documents: list[str]) -> list[np.ndarray]:
         if not documents:
             return []
-        return [np.array(ids, dtype=self.dtype) for ids in self.inner(documents, add_special_tokens=False)["input_ids"]]
+        return [np.array(ids, dtype=self.dtype) for ids in self.inner(_require_utf8(documents), add_special_tokens=False)["input_ids"]]
 
     def decode(self, ids: Iterable[int] # symbols; a list, an array or a tensor
                ) -> str:                # text; special symbols are left out

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ..data.tokenizers import Tokenizer
 from ..foundation import StlmError
-from .scoring import check_pair, evaluating
+from .scoring import check_finite, check_pair, evaluating
 from ..model.lm import LanguageModel
 
 # %% ../../nbs/51_infer.generate.ipynb #a23cc7ad
@@ -94,9 +94,10 @@ class _Reader:
             self._forget()
         with evaluating(self.model):
             device = next(self.model.parameters()).device
-            logits = self.model(torch.tensor([symbols], device=device), self.cache)  # (1, T, V)
+            logits = self.model(torch.tensor([symbols], device=device), self.cache)[0, -1].float().cpu()
+        check_finite(logits.numpy())
         self.seen += symbols
-        return logits[0, -1].float().cpu()
+        return logits
 
 
 def steps(model: LanguageModel,
@@ -104,7 +105,7 @@ def steps(model: LanguageModel,
           sampling: Sampling,
           eot_id: int             # the symbol that ends the text; it is the last step where it is drawn
           ) -> Iterator[Step]:
-    "Write symbol after symbol. The random numbers come from a generator of their own, so nothing else is disturbed."
+    "Write symbol after symbol, with random numbers of its own, so that nothing else is disturbed. Raises `StlmError` for a damaged model."
     generator = torch.Generator().manual_seed(sampling.seed)
     reader, unread = _Reader(model), list(symbols)
     for _ in range(sampling.max_tokens):
@@ -154,5 +155,5 @@ def generate(model: LanguageModel,
              top_p: float = 1.0,       # draw from the most probable symbols that together have this probability
              seed: int = 0             # the same seed gives the same text
              ) -> str:                 # what follows the prompt
-    "Write on from a prompt; warns where it exceeds the context. Raises `StlmError` for a wrong setting."
+    "Write on from a prompt; warns where it exceeds the context. Raises `StlmError` for a wrong setting and a damaged model."
     return "".join(stream(model, tokenizer, prompt, max_tokens, temperature, top_k, top_p, seed))
