@@ -19,6 +19,7 @@ from scipy import optimize, stats
 
 from ..evaluate.bits import ratio_interval
 from ..foundation import StlmError
+from ..infer.scoring import alike
 
 # %% ../../nbs/65_lab.statistics.ipynb #57d85fcb
 @dataclass(frozen=True)
@@ -42,6 +43,10 @@ def _gaps(first: ArrayLike, second: ArrayLike) -> np.ndarray: # (N,)
     before, after = np.asarray(first, float), np.asarray(second, float)
     if before.shape != after.shape or before.ndim != 1 or not len(before):
         raise StlmError(f"paired scores have the shapes {before.shape} and {after.shape}; allowed: one score of each model for each item")
+    finite = np.isfinite(before) & np.isfinite(after)
+    if not finite.all():
+        place = int(finite.argmin())
+        raise StlmError(f"item {place} has the scores {before[place]} and {after[place]}; allowed: finite numbers")
     return after - before
 
 
@@ -113,7 +118,16 @@ def p_over_items(first: ArrayLike,                # score of each item under the
 # %% ../../nbs/65_lab.statistics.ipynb #15b6f662
 def _say_nothing(gaps: np.ndarray) -> bool: # (S,)
     "Whether they do not show how far seeds lie apart; that nothing ever changes may be said."
-    return len(gaps) < 2 or bool(gaps[0] != 0 and np.ptp(gaps) == 0)
+    return len(gaps) < 2 or bool(gaps.any() and alike(gaps))
+
+
+def _require_shares(**shares: float) -> None:
+    "Refuse what is no share of many studies, and a power that chance alone has."
+    for name, share in shares.items():
+        if not 0 < share < 1:
+            raise StlmError(f"{name}={share} is not possible; allowed: between 0 and 1")
+    if shares.get("level", 0) >= shares.get("power", 1):
+        raise StlmError(f"power={shares['power']} is not possible; allowed: above the level, {shares['level']}")
 
 
 def difference_over_seeds(first: ArrayLike,        # a figure of the first arm, one value a seed, (S,)
@@ -121,6 +135,7 @@ def difference_over_seeds(first: ArrayLike,        # a figure of the first arm, 
                           confidence: float = 0.95
                           ) -> Difference:
     "Paired t interval over seeds. Unbounded, since nothing can be claimed, for one seed and for several with the very same difference."
+    _require_shares(confidence=confidence)
     gaps = _gaps(first, second)
     if _say_nothing(gaps):
         return Difference(float(gaps.mean()), -math.inf, math.inf, confidence)
@@ -139,7 +154,8 @@ def p_over_seeds(first: ArrayLike,  # a figure of the first arm, one value a see
 def together(confidence: float, # with which all intervals shall hold together
              comparisons: int   # how many there are
              ) -> float:        # with which each must hold
-    "The confidence of each of several intervals (Bonferroni)."
+    "The confidence of each of several intervals (Bonferroni). Raises `StlmError` for one that is not between 0 and 1."
+    _require_shares(confidence=confidence)
     return 1 - (1 - confidence) / max(1, comparisons)
 
 
@@ -163,7 +179,9 @@ def compare_over_items(scores: Mapping[str, ArrayLike],   # score of each item, 
                        groups: ArrayLike | None = None,   # label of each item where items of a group are not independent
                        confidence: float = 0.95           # with which all intervals hold together
                        ) -> pd.DataFrame:                 # one row for each other model
-    "Accuracy, difference from the baseline with its interval, items won and lost, and the probability after Holm."
+    "Accuracy, difference from the baseline with its interval, items won and lost, and Holm's probability. Raises `StlmError` for none."
+    if not scores:
+        raise StlmError("no scores to compare; needed: those of a baseline and of other models")
     (_, baseline), *others = scores.items()
     rows = []
     for name, these in others:
@@ -181,13 +199,14 @@ def detectable_difference(n: int,                   # pairs: seeds, or documents
                           power: float = 0.8,       # how often a true difference shall be found
                           level: float = 0.05       # how often one may be found where there is none
                           ) -> float:               # in the unit of `sd`; infinite for a single pair
-    "The smallest true mean difference that a paired t test finds so often."
+    "The smallest true mean difference that a paired t test finds so often. Raises `StlmError` for an impossible power or level."
+    _require_shares(level=level, power=power)
     if n < 2:
         return math.inf
     bound = stats.t.ppf(1 - level / 2, n - 1)
     def excess(delta: float) -> float: # of the power at this many standard errors
         return float(stats.nct.sf(bound, n - 1, delta) - power)  # on the other side it finds next to nothing
-    return float(optimize.brentq(excess, 0, 20 * bound)) * sd / math.sqrt(n)
+    return float(optimize.brentq(excess, 0, 20 * (1 + bound))) * sd / math.sqrt(n)
 
 
 def detectable_accuracy(n: int,              # items
@@ -195,7 +214,8 @@ def detectable_accuracy(n: int,              # items
                         power: float = 0.8,  # how often a true difference shall be found
                         level: float = 0.05  # how often one may be found where there is none
                         ) -> float:          # infinite where even winning every such item would not be found
-    "The smallest true difference in accuracy that McNemar's test finds so often. Raises `StlmError` for an impossible discordance."
+    "The smallest true difference in accuracy that McNemar's test finds so often. Raises `StlmError` for an impossible share."
+    _require_shares(level=level, power=power)
     if not 0 < discordance <= 1:
         raise StlmError(f"discordance={discordance!r} is not possible; allowed: above 0, up to 1")
     alpha, beta = stats.norm.ppf(1 - level / 2), stats.norm.ppf(power)
