@@ -10,14 +10,14 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import numpy as np
 import pandas as pd
 import torch
 
 from ..data.tokenizers import Tokenizer
-from .benchmarks import Source, read_rows
+from .benchmarks import Row, Source, read_rows
 from ..foundation import StlmError, optional
 from ..infer.scoring import batch_limit, check_pair, evaluating
 from ..model.lm import LanguageModel
@@ -74,19 +74,22 @@ PROBES = {task.name: task for task in (
 )}
 
 # %% ../../nbs/63_evaluate.probes.ipynb #71762168
-def _label(value: Any) -> Any: # in CSV and TSV a number is text, too
+def _label(row: Row) -> int | str: # in CSV and TSV a number is text, too
+    value = row.cell("label")
+    if not isinstance(value, (int, str)) or value == "":
+        row.refuse("label", value, "a whole number or text")
     return int(value) if isinstance(value, str) and value.isascii() and value.isdigit() else value
 
 
 def load_probe(task: ProbeTask,                    # such as `PROBES["cola"]`
                data_dir: str | Path | None = None  # folder with local files; None = from the hub
                ) -> tuple[pd.DataFrame, pd.DataFrame]: # the examples of train and of validation: text, label
-    "Texts and answers of a task. Raises `StlmError` for files that are missing, empty or lack a column."
+    "Texts and answers of a task. Raises `StlmError` for files that are missing, empty or lack a column, and for impossible labels."
     loaded = []
     for split in ("train", "validation"):
         rows = read_rows(Source(task.hub[0], task.hub[1] or None, split, f"{task.name}_{split}"), data_dir)
         texts = ["\n".join(row.text(column) for column in task.columns) for row in rows]
-        loaded.append(pd.DataFrame({"text": texts, "label": [_label(row.cell("label")) for row in rows]}))
+        loaded.append(pd.DataFrame({"text": texts, "label": [_label(row) for row in rows]}))
     return loaded[0], loaded[1]
 
 # %% ../../nbs/63_evaluate.probes.ipynb #b3fe31f7
@@ -122,6 +125,23 @@ def _fit(vectors: np.ndarray, labels: np.ndarray, figure: Figure, seed: int) -> 
     return selection.GridSearchCV(classifier, strengths, scoring=_scorer(figure)[0], cv=folds).fit(vectors, labels)
 
 
+def _check(answers: pd.Series, train: pd.DataFrame, validation: pd.DataFrame, figure: Figure) -> None:
+    "Refuse what no classifier can learn or `figure` cannot judge; `answers` are the examples of train by label."
+    possible = answers.index.tolist()
+    if figure not in get_args(Figure):
+        raise StlmError(f"figure={figure!r} is not possible; allowed: {', '.join(get_args(Figure))}")
+    if len(answers) < 2 or answers.min() < 5 or not len(validation):
+        raise StlmError(f"train has {answers.to_dict()} examples by label and validation {len(validation)}; "
+                        "needed: two labels, 5 examples of each, and something to validate on")
+    for name, labels in (("train", train["label"]), ("validation", validation["label"])):
+        if unknown := labels[~labels.isin(possible)].tolist():
+            raise StlmError(f"{name} has the label {unknown[0]!r}; allowed: those of train, {possible}")
+    if len(set(map(type, possible))) > 1:
+        raise StlmError(f"train has the labels {possible}; allowed: whole numbers only, or text only")
+    if figure == "f1" and set(possible) != {0, 1}:
+        raise StlmError(f"train has the labels {possible}; allowed for f1: 0 and 1; take accuracy or mcc")
+
+
 def probe(model: LanguageModel,       # stays as it is
           tokenizer: Tokenizer,       # the model's own
           train: pd.DataFrame,        # text, label
@@ -129,11 +149,9 @@ def probe(model: LanguageModel,       # stays as it is
           figure: Figure = "accuracy",
           seed: int = 0               # of the folds
           ) -> Probe:
-    "Train a linear classifier on a model's features and judge it. Raises `StlmError` without scikit-learn, or with too few examples."
+    "Train a linear classifier on a model's features and judge it. Raises `StlmError` without scikit-learn, or for unfit examples."
     answers = train["label"].value_counts()
-    if len(answers) < 2 or answers.min() < 5 or not len(validation):
-        raise StlmError(f"train has {dict(answers)} examples by label and validation {len(validation)}; "
-                        "needed: two labels, 5 examples of each, and something to validate on")
+    _check(answers, train, validation, figure)
     (vectors, cut), (unseen, cut_too) = (features(model, tokenizer, split["text"].tolist()) for split in (train, validation))
     truth, judge = validation["label"].to_numpy(), _scorer(figure)[1]
     search = _fit(vectors, train["label"].to_numpy(), figure, seed)
