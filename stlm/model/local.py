@@ -92,7 +92,7 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, # (B, H, Q, d), (B, H
             ) -> Tensor:                                   # (B, H, Q, d)
     if asking is not None and asked is not None:
         bias = bias.masked_fill(asking != asked.transpose(2, 3), -torch.inf)
-    if q.device.type == "cpu":  # written out: for blocks this small the fused kernel took 1.6 times as long in bfloat16
+    if q.device.type == "cpu":  # written out: for blocks this small the fused kernel takes longer in bfloat16
         return ((q @ k.transpose(2, 3)) * q.shape[3] ** -0.5 + bias).softmax(-1).to(v.dtype) @ v
     return F.scaled_dot_product_attention(q, k, v, bias.to(q.dtype))
 
@@ -173,7 +173,7 @@ class GridBlock(nn.Module):
                 ) -> Tensor:                        # (N, P, d_out)
         "Slots see each other; empty ones are not seen."
         q, k, v = self.qkv(self.attention_norm(x)).unflatten(-1, (3 * self.n_heads, -1)).transpose(1, 2).chunk(3, dim=1)
-        # written out, (N, n_heads, P, P): for a dozen slots a fused kernel takes ten times as long
+        # written out, (N, n_heads, P, P): for a dozen slots a fused kernel takes much longer
         scores = q @ k.transpose(2, 3) / q.shape[3] ** 0.5
         if filled is not None:
             scores = scores.masked_fill(~filled[:, None, None], -torch.inf)

@@ -571,8 +571,8 @@ class Trainer:
             self._compute_gradients()
         self.optimizer.zero_grad(set_to_none=True)
 
-    def _compute_gradients(self) -> None:
-        batch = self.batches.batch(self.progress.step, self.world.rank, self.world.size)
+    def _compute_gradients(self) -> None: # of the first batch, wherever the run goes on: code, and with it bits, may depend on sizes
+        batch = self.batches.batch(0, self.world.rank, self.world.size)
         gradients(self.objective, batch, self.own, self.device, self.dtype)
         if self.config.model.is_pooled:  # a second number of patches makes code for any; it is near the first, for which code is best
             shorter = batch.inputs.clone()
