@@ -142,6 +142,18 @@ def test_no_step_of_a_schedule_compiles_anything_anew(corpus, tmp_path, changes)
     assert losses[-1] < losses[0]
 
 
+def test_loops_that_begin_midway_are_compiled_before_the_clock_runs(corpus, tmp_path):
+    torch.compiler.reset()
+    loops = {"model.n_layers": 2, "model.sharing.loop_layers": 1, "train.loop_start": 0.5, "train.steps": 4, "train.compile": "on"}
+    trainer = trainer_in(tmp_path / "run", preset("demo-bpe", small_run(corpus) | loops))
+    trainer.warm_up()
+    assert not trainer.model.body.core.looping
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        for step in range(4):
+            trainer.step()
+            assert trainer.model.body.core.looping == (step >= 2)
+
+
 @pytest.mark.parametrize(("at_a_time", "context"), [(1, 128), (8, 512)])
 def test_the_warm_up_compiles_for_any_number_of_patches(corpus, tmp_path, monkeypatch, at_a_time, context):
     """Code that is made in the second step would be time of training, also where the first two batches run over equally many patches."""

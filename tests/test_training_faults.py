@@ -624,6 +624,22 @@ def test_every_optimizer_goes_on_to_the_same_bits(overrides, tmp_path, kind):
     assert averages == any(not torch.equal(raw[name], scored[name]) for name in scored)
 
 
+COMPILED = {"demo-bpe": {"data.tokenizer": "bpe:300"}, "demo-pooled": {}}
+
+
+@pytest.mark.parametrize("name", COMPILED)
+def test_a_compiled_run_goes_on_to_the_same_bits(overrides, tmp_path, name):
+    """What goes on compiles anew, in the middle of the text and for other patches than the run began with."""
+    text = {field: value for field, value in overrides.items() if field.startswith("data.") and field != "data.tokenizer"}
+    sizes = {"model.n_layers": 1, "train.steps": 12, "train.eval_bytes": 2000, "train.compile": "on"}
+    config = preset(name, text | sizes | COMPILED[name])
+    for folder, stops in (("whole", ()), ("stopped", (7,)), ("stopped", ())):
+        torch.compiler.reset()
+        with pytest.raises(Stopped) if stops else nullcontext():
+            train(config, tmp_path / folder, show_progress=False, watchers=list(map(StopAt, stops)))
+    assert_same(Run(tmp_path / "stopped"), Run(tmp_path / "whole"))
+
+
 SHARED = {"model.n_layers": 4, "model.sharing.ffn": "all", "model.sharing.attention": "cycle", "model.sharing.free_ends": 1,
           "model.sharing.lora_rank": 2, "model.sharing.loop_layers": 2, "model.embedding_rank": 16,
           "train.loop_start": 0.5, "train.steps": 12, "train.checkpoint_every": 5, "train.eval_every": 5}
