@@ -21,7 +21,7 @@ from scipy import stats
 from ..data.tokenizers import Tokenizer
 from .kept import kept, kept_portions, model_fingerprint
 from ..foundation import StlmError, bits_of, fingerprint, progress
-from ..infer.scoring import SCORER, Predictor, check_pair, token_logprobs, windows
+from ..infer.scoring import SCORER, Predictor, alike, check_pair, token_logprobs, windows
 
 # %% ../../nbs/60_evaluate.bits.ipynb #b405de53
 def _drawn(kinds: np.ndarray,  # (K, 2) total and size
@@ -49,7 +49,7 @@ def ratio_interval(totals: ArrayLike,            # of each unit, such as the nat
     units = np.stack([np.asarray(totals, float), np.asarray(sizes, float)], axis=1)
     ratios = units[units[:, 1] > 0, 0] / units[units[:, 1] > 0, 1]
     n = len(ratios)
-    if n < 2 or (ratios[0] and np.ptp(ratios) == 0):  # drawn again, units that do not differ would look like certainty
+    if n < 2 or (ratios.any() and alike(ratios)):  # drawn again, units that do not differ would look like certainty
         return -math.inf, math.inf
     kinds, counts = np.unique(units, axis=0, return_counts=True)
     drawn = _drawn(kinds, counts, resamples or int(np.clip(2**21 // len(kinds), 2_000, 100_000)), seed)
