@@ -361,9 +361,13 @@ def test_the_report_card(project, overrides, tmp_path):
     exams = tmp_path / "mmlu_test.jsonl"
     exams.write_text("".join(exams.read_text().splitlines(keepends=True)[:3]))  # of a single subject
     texts = school_questions(tmp_path)
+    for split, count in (("train", 30), ("validation", 10)):
+        words = [("sentence", "label"), *((f"The {'cat sat' if n % 2 else 'sat cat'} {n}.", n % 2) for n in range(count))]
+        (tmp_path / f"cola_{split}.tsv").write_text("".join(f"{text}\t{label}\n" for text, label in words))
     parameters = {"models": json.dumps([{"small": str(tmp_path / "first")}, str(tmp_path / "second"), str(tmp_path / "third")]),
                   "tasks": "blimp,mmlu,arc_easy", "limit": 30, "data_dir": tmp_path, "corpora": json.dumps([real_text(tmp_path)]),
-                  "score_bytes": 3000, "prompts": '["The"]', "overlap_words": 3, "remark": "How they were trained: by hand."}
+                  "score_bytes": 3000, "prompts": '["The"]', "probes": '["cola"]', "overlap_words": 3,
+                  "remark": "How they were trained: by hand."}
     code, _, errors = stlm("report", "evaluate", *given(parameters), cwd=project)
     assert code == 0, errors[-2000:]
     results = pd.read_csv(project / "reports" / "evaluate" / "results.csv").set_index("arm")
@@ -398,6 +402,9 @@ def test_the_report_card(project, overrides, tmp_path):
     assert better["arc_easy, acc_norm", "third"] == ["+0.0", "+0.0 to +0.0", "-", "0", "0", "1"], "one and the same"
 
     assert better["mmlu, acc", "second"][1:3] == ["unbounded", "-"], "one subject alone says nothing"
+
+    probed = {row[0]: row[1:] for row in rows_under(page, "Linear probes")}
+    assert [[*probed[name][:2], *probed[name][-2:]] for name in results.index] == [["cola", "mcc", "10", "0"]] * 3
 
     seen = {tuple(row[:2]): row[2:5] for row in rows_under(page, "Has it been seen before?")}
     assert seen["small", "blimp"] == ["6", "0", "0"] and seen["third", "blimp"] == ["4", "2", "0"], "each in the text that it has read"
