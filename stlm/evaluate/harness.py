@@ -308,7 +308,7 @@ def second_model(model: LanguageModel,  # or a `ReferenceModel`
     elif not_in_llama(model.config) or not isinstance(tokenizer, BpeTokenizer):
         return PlainModel(model, tokenizer)
     else:
-        theirs = as_llama(model), as_fast_tokenizer(tokenizer)
+        theirs = as_llama(model).to(model.head_weight.device), as_fast_tokenizer(tokenizer)
     backend = optional("lm_eval.models.huggingface", "harness").HFLM
     return backend(theirs[0], "causal", tokenizer=theirs[1], max_length=model.config.context, batch_size=batch_size)
 
