@@ -18,12 +18,11 @@ def means_of(table: pd.DataFrame # one row a run
 
 def quality_table(table: pd.DataFrame # one row a run
                   ) -> pd.DataFrame:  # one row an arm
-    "Bits per byte with their spread over seeds, on what, and beside it the perplexity that cannot be compared."
+    "Bits per byte with their spread where there are several seeds, on what, and beside it the perplexity that cannot be compared."
     means = means_of(table)
     spread = table.groupby("arm", sort=False)["bits_per_byte"].agg(["min", "max", "count"]).loc[means.index]
-    return pd.DataFrame({
-        "bits per byte": means["bits_per_byte"].map("{:.3f}".format),
-        "lowest to highest seed": [f"{low:.3f} to {high:.3f} of {n:.0f}" for low, high, n in spread.itertuples(index=False)],
+    of_seeds = {"lowest to highest seed": [f"{low:.3f} to {high:.3f} of {n:.0f}" for low, high, n in spread.itertuples(index=False)]}
+    return pd.DataFrame({"bits per byte": means["bits_per_byte"].map("{:.3f}".format)} | (of_seeds if spread["count"].max() > 1 else {}) | {
         "documents": means["scored_documents"].map("{:,.0f}".format),
         "bytes": means["scored_bytes"].map("{:,.0f}".format),
         "text read": (means["bytes_seen"] / 1e6).map("{:.2f} MB".format),
