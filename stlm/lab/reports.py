@@ -297,6 +297,9 @@ _NUMBER = re.compile(r"(?=.*\d)(?:[\d\s.,:%±×~+−–\-()\[\]]|to|e|[kMGT]?B|m
 def _finish_table(soup: BeautifulSoup, table: Tag) -> None:
     for name in ("border", "style"):
         table.attrs.pop(name, None)
+    around = table.parent
+    if around is not None and around.name == "div" and not around.attrs:  # pandas' own, in which a wide table would be as narrow as text
+        around.unwrap()
     for cell in table.find_all("th"):
         if cell.get_text(strip=True) == "":
             cell.name = "td"  # an empty header would be announced as one
