@@ -437,8 +437,8 @@ def _threads_of_a_run(jobs: int) -> int: # a wish in the environment comes first
     return int(os.environ.get("OMP_NUM_THREADS") or max(1, cores() // jobs))
 
 
-# Fields of `train` that decide with which numbers a step computes, or what is done between steps, and not how much a step computes.
-SAME_ARITHMETIC = ("lr", "matrix_lr", "embedding_lr", "local_lr", "min_lr_ratio", "schedule", "warmup", "cooldown", "beta1", "beta2",
+# Fields of `train` that decide with which numbers a step computes, how many steps there are, or what is done between them, and not how much a step computes.
+SAME_ARITHMETIC = ("steps", "bytes", "seconds", "lr", "matrix_lr", "embedding_lr", "local_lr", "min_lr_ratio", "schedule", "warmup", "cooldown", "beta1", "beta2",
                    "momentum", "weight_decay", "weight_decay_schedule", "clip", "seed",
                    "log_every", "eval_every", "eval_bytes", "checkpoint_every", "keep")
 
