@@ -36,7 +36,7 @@ from ..foundation import (StlmError, bits_of, cache_folder, cores, did_you_mean,
 from ..hardware import describe
 from ..infer.scoring import SCORER
 from .reports import publish
-from .statistics import Difference, difference_over_documents, difference_over_seeds, together
+from .statistics import Difference, detectable_difference, difference_over_documents, difference_over_seeds, together
 from ..pretrained import from_pretrained
 from ..train.loop import Trainer
 from ..train.records import Run, read_log, require_same
@@ -251,6 +251,15 @@ class Study:
             found[f"{len(first)} seeds"] = difference_over_seeds(bits_before, bits_after, confidence)
         return found
 
+    def resolution(self) -> str:
+        "How large a difference must be, in units of its spread between seeds, to be found: to be said before any training."
+        seeds, comparisons = len({planned.seed for planned in self.runs}), len(self.arms) - 1
+        if seeds < 2:
+            return "One seed: documents can be compared, but nothing is known of another training."
+        least = detectable_difference(seeds, 1.0, level=1 - together(0.95, comparisons))
+        return f"{seeds} seeds, {comparisons} comparison{'s' * (comparisons != 1)}: four times in five, a difference is found " \
+               f"if it is {least:.1f} standard deviations of itself between seeds or more."
+
     def findings(self,
                  baseline: str,            # an arm
                  max_bytes: int = 200_000  # raw bytes of held-out documents
@@ -274,7 +283,7 @@ class Study:
         claims = {claim: ", ".join(said[arm] for arm, each in found.items() if each.claim == claim) for claim in _CLAIMS}
         parts = [f"{claim}: {arms or 'none'}" for claim, arms in claims.items() if arms or claim in ("better", "worse")]
         kind_of_interval = "95% intervals" if len(self.arms) == 2 else "intervals that hold together with 95%"
-        units = over if most > 1 else "documents, of one training each"
+        units = over if most > 1 else "documents, of one training each (another training may say otherwise)"
         return f"Bits per byte, of which fewer are better, compared with {baseline}, {kind_of_interval} over {units}: {'; '.join(parts)}."
 
     def against(self,
@@ -383,7 +392,7 @@ def summarise(scores: pd.DataFrame # one row a document: n_bytes, nats
 
 # %% ../../nbs/72_lab.studies.ipynb #0c3bce1f
 def measure_speed(configs: Mapping[str, RunConfig], # by arm
-                  rounds: int = 7                   # measured steps of each
+                  rounds: int = 15                  # measured steps of each
                   ) -> pd.DataFrame:                # arm, training bytes a second: median, lower and upper quartile
     "Training throughput of several configurations, interleaved in this process."
     with tempfile.TemporaryDirectory() as folder:
@@ -437,9 +446,9 @@ def _threads_of_a_run(jobs: int) -> int: # a wish in the environment comes first
     return int(os.environ.get("OMP_NUM_THREADS") or max(1, cores() // jobs))
 
 
-# Fields of `train` that decide with which numbers a step computes, how many steps there are, or what is done between them, and not how much a step computes.
-SAME_ARITHMETIC = ("steps", "bytes", "seconds", "lr", "matrix_lr", "embedding_lr", "local_lr", "min_lr_ratio", "schedule", "warmup", "cooldown", "beta1", "beta2",
-                   "momentum", "weight_decay", "weight_decay_schedule", "clip", "seed",
+# Fields of `train` that do not change how much a step computes, but with which numbers, how often, or what is done between steps.
+SAME_ARITHMETIC = ("steps", "bytes", "seconds", "lr", "matrix_lr", "embedding_lr", "local_lr", "min_lr_ratio",
+                   "schedule", "warmup", "cooldown", "beta1", "beta2", "momentum", "weight_decay", "weight_decay_schedule", "clip", "seed",
                    "log_every", "eval_every", "eval_bytes", "checkpoint_every", "keep")
 
 
@@ -494,7 +503,8 @@ def conclude(study: Study,
     "Write results.csv and conclusion.json into the study's folder."
     hardware = describe()
     how_many = f"{hardware['cores']} core{'s' * (hardware['cores'] > 1)}"
-    machine = ", ".join([hardware["cpu"], how_many, *hardware["gpus"]])
+    precisions = sorted({*table["precision"].dropna()}) if "precision" in table else []
+    machine = ", ".join([hardware["cpu"], how_many, *hardware["gpus"], *precisions])
     write_text(study.folder / "results.csv", table.to_csv(index=False))
     named = {"page": page or study.name} | ({"title": title} if title else {})
     write_json(study.folder / "conclusion.json", {"verdict": verdict, "hardware": machine, **named})

@@ -49,7 +49,8 @@ def cost_table(table: pd.DataFrame,               # one row a run
     }
     if alone:
         rows["seconds of training"] = means["train_seconds"].map("{:,.0f}".format)
-        rows["MFU"] = means["mfu"].map("{:.0%}".format)
+        side_by_side = None if speed is None else speed["bytes_per_second"] * means["training_flops_per_byte"] / means["peak_flops"].max()
+        rows["MFU"] = (means["mfu"] if side_by_side is None else side_by_side).map("{:.0%}".format)  # of one peak, to compare arms
     if speed is not None:
         ratio = speed["bytes_per_second"] / speed["bytes_per_second"].iloc[0]
         rows["training bytes per second"] = pd.Series(
