@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['T', 'StlmError', 'did_you_mean', 'optional', 'explain_writing', 'atomic_file', 'write_bytes', 'write_text',
-           'write_json', 'atomic_folder', 'fingerprint', 'file_sha256', 'bits_of', 'cores', 'cache_folder',
-           'project_folder', 'progress']
+           'write_json', 'atomic_folder', 'fingerprint', 'file_sha256', 'bits_of', 'cores', 'end_with_parent',
+           'cache_folder', 'project_folder', 'progress']
 
 # %% ../nbs/00_foundation.ipynb #1460daee
 import difflib
@@ -13,9 +13,11 @@ import hashlib
 import importlib
 import json
 import math
+import multiprocessing
 import os
 import shutil
 import tempfile
+import threading
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -174,6 +176,15 @@ def bits_of(nats: float, # cost in nats, summed over every scored symbol
 def cores() -> int:
     "Processor cores that this process may use."
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1  # the second on macOS
+
+
+def end_with_parent() -> None:
+    "In a worker process: end when the one that started it has ended, however that happened, or its locks and memory would stay."
+    def wait() -> None:
+        if parent := multiprocessing.parent_process():
+            parent.join()
+            os._exit(1)
+    threading.Thread(target=wait, daemon=True).start()
 
 # %% ../nbs/00_foundation.ipynb #36f481c7
 def cache_folder() -> Path:

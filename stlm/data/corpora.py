@@ -41,8 +41,8 @@ import fsspec
 import zstandard
 
 from ..config import DataConfig
-from ..foundation import (StlmError, atomic_folder, cache_folder, cores, did_you_mean, explain_writing, file_sha256, fingerprint, progress,
-                             write_bytes, write_json)
+from ..foundation import (StlmError, atomic_folder, cache_folder, cores, did_you_mean, end_with_parent, explain_writing, file_sha256,
+                             fingerprint, progress, write_bytes, write_json)
 
 if TYPE_CHECKING:  # imported where they are used: that takes longer than reading a small corpus
     import datasets
@@ -140,11 +140,16 @@ def _parse_file(file: Path) -> list[list[str]]:
     return [[text] for text in read_topics(source)] if file.parts[-2:] == ("pydoc_data", "topics.py") else read_docstrings(source)
 
 
+def _start_parser() -> None:
+    end_with_parent()
+    gc.disable()
+
+
 def _parse_files(files: list[Path]) -> Iterator[list[list[str]]]:
     "Documents of each file in order, computed by parallel processes."
     start = "fork" if sys.platform == "linux" else None  # the quickest start; the workers only read and parse
     workers = min(cores(), 16)
-    with ProcessPoolExecutor(workers, multiprocessing.get_context(start), initializer=gc.disable) as pool:
+    with ProcessPoolExecutor(workers, multiprocessing.get_context(start), initializer=_start_parser) as pool:
         yield from progress(pool.map(_parse_file, files, chunksize=16), "reading documentation", total=len(files), unit=" files")
 
 
@@ -261,13 +266,14 @@ def _stream(kind: str, file: Path, **options: Any) -> Iterator["datasets.Iterabl
         yield datasets.load_dataset(kind, data_files=[str(plain)], split="train", streaming=True, **options)
 
 
-def _lines(file: Path) -> Iterator[str]:
+def _lines(file: Path, longest: int = -1) -> Iterator[str]: # longest: characters, then the line is cut; -1 = never
     "Lines of a text file, each with its line break, one at a time: a book in a row of JSON may be megabytes long."
     with fsspec.open(str(file), "rt", encoding="utf-8", compression="infer") as lines:
-        yield from lines
+        while line := lines.readline(longest):
+            yield line
 
 # %% ../../nbs/10_data.corpora.ipynb #8dd54f71
-LONGEST_DOCUMENT = 2 ** 23  # characters of a text file, then it is cut: War and Peace has 3.2 million
+LONGEST_DOCUMENT = 2 ** 23  # characters of a text file, then it is cut, within a line if need be: War and Peace has 3.2 million
 
 
 _TITLE = re.compile(r" = [^=]+ = ?")  # of an article; its parts have more signs of equality
@@ -277,7 +283,7 @@ def _layout(file: Path) -> str: # how documents follow each other in a text file
     if _format(file) != ".txt":
         return ""
     title = False
-    for number, line in enumerate(filter(str.strip, _lines(file))):
+    for number, line in enumerate(filter(str.strip, _lines(file, LONGEST_DOCUMENT))):
         if line.strip() == _SEPARATOR:
             return "separators"
         title = title or (number == 0 and _is_title(line))
@@ -306,7 +312,7 @@ def cut_lines(lines: Iterable[str],         # each with its line break
 
 
 def _read_text(file: Path, layout: str) -> Iterator[str]:
-    lines, end = _lines(file), "" if layout == "blocks" else _SEPARATOR
+    lines, end = _lines(file, LONGEST_DOCUMENT), "" if layout == "blocks" else _SEPARATOR
     if layout == "articles":
         lines = (part for line in lines for part in ([_SEPARATOR, line] if _is_title(line) else [line]))
     return cut_lines(lines, lambda line: line.strip() == end)

@@ -16,8 +16,8 @@ import multiprocessing
 import os
 import shutil
 import signal
+import sys
 import tempfile
-import threading
 import time
 import warnings
 from collections import deque
@@ -28,14 +28,14 @@ from contextlib import ExitStack, closing, contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 
 from ..config import DataConfig
 from .corpora import SPLITS, Corpus, in_pieces, open_corpus, split_documents
 from .tokenizers import Tokenizer, load_tokenizer, open_tokenizer
-from ..foundation import StlmError, atomic_folder, cache_folder, cores, file_sha256, fingerprint, progress, write_json
+from ..foundation import StlmError, atomic_folder, cache_folder, cores, end_with_parent, file_sha256, fingerprint, progress, write_json
 
 # %% ../../nbs/12_data.shards.ipynb #12fe2e09
 FORMAT = 1              # raised when the layout on disk changes, so that older data is prepared again
@@ -103,15 +103,11 @@ def _start_worker(folder: Path) -> None:
     global _worker_tokenizer
     signal.signal(signal.SIGINT, signal.SIG_IGN)    # Ctrl-C is the master's to handle
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # one core for each worker
-    threading.Thread(target=_leave_with_master, daemon=True).start()
+    end_with_parent()
     _worker_tokenizer = load_tokenizer(folder)
 
 
-def _leave_with_master() -> None:
-    master = multiprocessing.parent_process()
-    if master is not None:
-        master.join()
-        os._exit(1)
+
 
 
 def _work(texts: list[str]) -> Chunk:
@@ -307,7 +303,8 @@ def write_splits(folder: Path,                          # a folder, empty or as 
                  total: int | None = None,              # raw bytes to expect, for the progress bar
                  shard_tokens: int = SHARD_TOKENS,      # symbols in a full shard
                  workers: int | None = None,            # processes; 0 = this one; None = as many as pays
-                 journal_path: Path | None = None       # where to note progress; None = nowhere
+                 journal_path: Path | None = None,      # where to note progress; None = nowhere
+                 tell: Callable[[int], None] | None = None # hears how many raw bytes are done; what it raises ends the work
                  ) -> dict[str, Any]:                   # "splits" and "files" of the manifest
     "Tokenise documents into a folder of shards, going on where an earlier attempt stopped. Raises `StlmError`."
     tokenizer.save(folder / "tokenizer")
@@ -325,6 +322,9 @@ def write_splits(folder: Path,                          # a folder, empty or as 
             if journal_path and journal.chunks % COMMIT_CHUNKS == 0:
                 _commit(journal, writers)
             bar.update(chunk.n_bytes)
+            done += chunk.n_bytes
+            if tell:
+                tell(done)
     return _facts(folder, writers)
 
 
@@ -498,13 +498,20 @@ def _lock(folder: Path, wait: bool = True) -> Iterator[bool]:
         raise StlmError(f"cannot write to {folder.parent}: {error.strerror}; set STLM_CACHE to a folder that can be written") from error
     with file:
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-        except BlockingIOError:
-            yield False
-            return
+            if not (free := _take(file, wait=False)) and wait:
+                print(f"waiting for another process that prepares {folder.name}", file=sys.stderr, flush=True)
+                free = _take(file, wait=True)
         except OSError as error:  # some network file systems have no locks
             raise StlmError(f"cannot lock {file.name}: {error.strerror}; set STLM_CACHE to a folder on a file system with locks") from error
-        yield True
+        yield free
+
+
+def _take(file: IO[str], wait: bool) -> bool: # whether the lock is held now
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+    except BlockingIOError:
+        return False
+    return True
 
 
 def _remove_litter(folder: Path) -> None:
@@ -535,11 +542,17 @@ def _work_folder(folder: Path) -> Path:
     return folder.with_name(f".{folder.name}.work")
 
 
-def _build(folder: Path, documents: Iterable[tuple[str, str]], tokenizer: Tokenizer, about: dict[str, Any], show_progress: bool) -> None:
+def _build(folder: Path,
+           documents: Iterable[tuple[str, str]],
+           tokenizer: Tokenizer,
+           about: dict[str, Any],
+           show_progress: bool,
+           tell: Callable[[int], None] | None
+           ) -> None:
     work = _work_folder(folder)
     with atomic_folder(folder, unfinished=work / "data") as unfinished:
-        total = about["config"]["max_bytes"] or None
-        manifest = about | write_splits(unfinished, documents, tokenizer, show_progress, total, journal_path=work / "journal.json")
+        total, journal = about["config"]["max_bytes"] or None, work / "journal.json"
+        manifest = about | write_splits(unfinished, documents, tokenizer, show_progress, total, journal_path=journal, tell=tell)
         for split in ("train", "validation"):
             if not manifest["splits"][split]["documents"]:
                 shutil.rmtree(work)
@@ -565,7 +578,8 @@ def _refuse_half_started() -> None:
 
 
 def prepare(config: DataConfig,
-            show_progress: bool = True
+            show_progress: bool = True,
+            tell: Callable[[int], None] | None = None # hears how many raw bytes are done; what it raises ends the work
             ) -> Dataset:
     "Tokenise a corpus into the cache, or go on with it, or find it there and verify it. Damage is named and repaired. Raises `StlmError`."
     _refuse_half_started()
@@ -578,7 +592,7 @@ def prepare(config: DataConfig,
         if damage and folder.exists():
             warnings.warn(f"{folder}: {damage}; the data is prepared again", stacklevel=2)
         if damage:
-            _build(folder, in_pieces(split_documents(corpus, config), config.piece_bytes), tokenizer, about, show_progress)
+            _build(folder, in_pieces(split_documents(corpus, config), config.piece_bytes), tokenizer, about, show_progress, tell)
         shutil.rmtree(_work_folder(folder), ignore_errors=True)
     return Dataset(folder)
 

@@ -76,7 +76,7 @@ def activations(model: LanguageModel,
 
 # %% ../../nbs/74_lab.dynamics.ipynb #63cf580f
 class Statistics(Watcher):
-    "Writes gradient, update and activation of every part to `statistics.jsonl` in the run's folder."
+    "Writes gradient, update and activation of every part to `notes/statistics.jsonl` in the run's folder."
 
     def __init__(self,
                  every: int = 0 # steps; 0 = a hundred times in the run
@@ -121,7 +121,7 @@ class Statistics(Watcher):
 _TITLES = {"gradient": "gradient, length", "update": "update, share of the weights", "activation": "activation, root mean square"}
 
 
-def layer_map(records: Sequence[dict[str, Any]],           # the lines of `statistics.jsonl`
+def layer_map(records: Sequence[dict[str, Any]],           # the lines of the run's notes
               figsize: tuple[float, float] | None = None   # inches; None = as high as it takes
               ) -> Figure:
     "Gradients, updates and activations of every part over the run."

@@ -12,6 +12,7 @@ import time
 from html import escape
 from pathlib import Path
 from typing import Any
+from weakref import WeakValueDictionary
 
 import ipywidgets as widgets
 import pandas as pd
@@ -19,7 +20,7 @@ import pandas as pd
 from ..config import RunConfig
 from .plots import training_panels
 from .watch import watchers
-from ..train.loop import Stopped, Trainer, Watcher, train
+from ..train.loop import Stopped, Trainer, Watcher, run_in, train
 from ..train.records import Run, read_log
 
 # %% ../../nbs/76_lab.live.ipynb #573ddb9a
@@ -72,6 +73,7 @@ class Live(Watcher):
         self.config, self.folder, self.watch = config, folder, watch
         self.run: Run | None = None          # when it is finished
         self.trainer: Trainer | None = None  # when the data is prepared
+        self.running = False
         self.error: BaseException | None = None
         self.lines: list[dict[str, Any]] = []
         self.picture = widgets.Image(format="png", layout={"display": "none"})
@@ -92,8 +94,11 @@ class Live(Watcher):
 
     def start(self) -> None:
         "Begin, or resume after a stop. Raises `StlmError` for a watcher that is not possible."
+        if self.running:
+            return
         others = watchers(self.watch)
         self.error, self.trainer, self.asked, self.said = None, None, set[str](), ""
+        self.next_picture = 0.0
         self.running = True
         self._say("preparing text and model")
         self._set_buttons()
@@ -138,6 +143,13 @@ class Live(Watcher):
 
     # what the run tells
 
+    def preparing(self, n_bytes: int) -> None:
+        if "stop" in self.asked:
+            raise Stopped(f"stopped after {n_bytes / 1e6:,.1f} MB of the text were prepared; Resume goes on from there")
+        if time.monotonic() >= self.next_picture:
+            self._say(f"preparing text: {n_bytes / 1e6:,.1f} MB")
+            self.next_picture = time.monotonic() + _LEAST_SECONDS
+
     def started(self, trainer: Trainer) -> None:
         self.lines = read_log(trainer.run.folder / "log.jsonl")
         self.first, self.began, self.next_picture = trainer.progress.step, time.monotonic(), 0.0
@@ -146,6 +158,10 @@ class Live(Watcher):
         for what in tuple(self.asked):
             self._ask(what)
         self._draw()
+
+    def stepping(self) -> None:
+        if self.trainer is not None and self.trainer.progress.step == self.first:
+            self.began = time.monotonic()  # compilation is over
 
     def stepped(self) -> None:
         if time.monotonic() >= self.next_picture:
@@ -212,9 +228,16 @@ class Live(Watcher):
         self._set_buttons()
 
 # %% ../../nbs/76_lab.live.ipynb #d0b65678
+_VIEWS = WeakValueDictionary[Path, Live]()  # by the run's folder: a cell that is run again must not lose the run that is under way
+
+
 def live(config: RunConfig,                # everything that decides the result
          folder: str | Path | None = None, # the run's folder; None = runs/train/<id>
          watch: str = ""                   # further watchers by name, such as "samples,statistics:50"
          ) -> Live:                        # its view, to be displayed
-    "Train, or resume, in the background and show how it goes. Raises `StlmError` for a watcher that is not possible."
-    return Live(config, folder, watch)
+    "Train, or resume, in the background and show it; a run that is under way keeps its view. Raises `StlmError` for an impossible watcher."
+    place = run_in(folder, config).folder.resolve()
+    view = _VIEWS.get(place)
+    if view is None or not view.running or view.config != config:
+        view = _VIEWS[place] = Live(config, folder, watch)
+    return view

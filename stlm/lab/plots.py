@@ -12,8 +12,9 @@ import base64
 import io
 import itertools
 import math
-from collections.abc import Collection, Mapping, Sequence
-from contextlib import AbstractContextManager
+import threading
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any, Literal, cast
 
 import matplotlib as mpl
@@ -47,9 +48,14 @@ _STYLE: dict[Any, Any] = {
 }
 
 
-def style() -> AbstractContextManager:
-    "A context in which matplotlib draws as the reports do."
-    return mpl.rc_context(_STYLE)
+_DRAWING = threading.RLock()  # matplotlib has one set of defaults for all threads, and one that is left while another is in it never ends
+
+
+@contextmanager
+def style() -> Iterator[None]:
+    "A context in which matplotlib draws as the reports do, in one thread at a time."
+    with _DRAWING, mpl.rc_context(_STYLE):
+        yield
 
 # %% ../../nbs/70_lab.plots.ipynb #54988952
 def png(figure: Figure,   # of matplotlib

@@ -20,7 +20,7 @@ PROMPTS = ("The ", "In ")
 
 
 class Samples(Watcher):
-    "Lets the model continue some prompts and notes what it wrote in `samples.jsonl`."
+    "Lets the model continue some prompts and notes what it wrote in `notes/samples.jsonl`."
 
     def __init__(self,
                  every: int = 0,                   # steps; 0 = after every validation
@@ -111,7 +111,8 @@ class Trackio(Watcher):
         self.module = optional("trackio", "trackio")
 
     def started(self, trainer: Trainer) -> None:
-        self.run = self.module.init(project="stlm", name=trainer.run.id, resume="allow", config=to_dict(trainer.config))
+        self.run = self.module.init(project="stlm", name=trainer.run.id, resume="allow", config=to_dict(trainer.config),
+                                    embed=False, auto_log_cpu=False)  # no dashboard in the cell, and no figures but the run's own
 
     def logged(self, line: dict[str, Any]) -> None:
         self._add("train", line)

@@ -48,7 +48,7 @@ class Account:
     training_flops_per_token: float  # forward and backward
     forward_flops_per_byte: float    # the same per byte of text
     training_flops_per_byte: float   # the same per byte of text
-    kv_bytes_per_token: float        # memory of the cache for each symbol read
+    kv_bytes_per_token: float        # of the cache: what must be kept of each symbol read
     kv_bytes_per_byte: float         # the same per byte of text
 
     def to_dict(self) -> dict[str, int | float]:
@@ -203,7 +203,7 @@ def _local_parameters(config: ModelConfig) -> int:
 
 
 def _segmenter(config: ModelConfig) -> "Account":
-    return account(segmenter_config(config))
+    return account(segmenter_config(config), kv_dtype_bytes=4)  # it decides in float32, whatever the others compute in
 
 # %% ../../nbs/29_model.accounting.ipynb #c6355078
 def _stack_flops(config: ModelConfig, # of the layers alone
@@ -260,9 +260,11 @@ def account(config: ModelConfig,             # with `vocab_size` set
         forward = _pooled_flops(config, looping, config.context / size) + _vocabulary_flops(config)
     else:
         forward = _stack_flops(config, looping, config.context) + _vocabulary_flops(config)
-    frozen = _segmenter(config).forward_flops_per_token if config.patches.patcher == "entropy" else 0
-    training, forward = 3 * forward + frozen, forward + frozen
-    kv_bytes = _cache_numbers(config, looping, 1 / size) * kv_dtype_bytes
+    training, kv_bytes = 3 * forward, _cache_numbers(config, looping, 1 / size) * kv_dtype_bytes
+    if config.patches.patcher == "entropy":
+        frozen = _segmenter(config)
+        training, forward = training + frozen.forward_flops_per_token, forward + frozen.forward_flops_per_token
+        kv_bytes += frozen.kv_bytes_per_token
     return Account(**_parameters(config, looping),
                    bytes_per_token=bytes_per_token,
                    symbols_per_patch=size,

@@ -297,8 +297,8 @@ class PatchCache:
                  dtype: torch.dtype | None = None    # of keys, values and states; None = torch's default
                  ):
         layers, size = config.patches, (batch_size, max_length)
-        self.encoder, self.decoder = (KVCache(local_config(config), max(1, n), *size, device, dtype)
-                                      for n in (layers.encoder_layers, layers.decoder_layers))
+        blocks = layers.encoder_layers * (layers.encoder == "window"), layers.decoder_layers * (layers.decoder != "parallel")
+        self.encoder, self.decoder = (KVCache(local_config(config), n, *size, device, dtype) for n in blocks)
         self.core = [KVCache(config, n_layers, 1, max_length, device, dtype) for _ in range(batch_size)]
         own = segmenter_config(config)
         self.segmenter = KVCache(own, own.n_layers, *size, device) if layers.patcher == "entropy" else None

@@ -191,6 +191,7 @@ def launch(arguments: list[str], # of the `stlm` command
     from torch.distributed.elastic.multiprocessing.api import SignalException
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # the processes have said what went wrong
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, cores() // processes)))
+    os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", str(round(SILENCE.total_seconds())))  # asked to stop, they finish a step first
     try:
         for _ in range(restarts + 1):  # not torchelastic's own restarts: it knows of no end that is final
             codes = _run_once(arguments, processes)

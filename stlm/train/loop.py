@@ -6,7 +6,7 @@
 __all__ = ['SKIPS_IN_A_ROW', 'SEGMENTER_BYTES', 'PACE_STEPS', 'PACE_SHARE', 'Plan', 'make_plan', 'gradients', 'train_step',
            'Stopped', 'Diverged', 'explain_memory', 'warn_of_memory', 'explain_compilation', 'stop_signals',
            'segmenter_run', 'load_segmenter', 'Watcher', 'ProgressBar', 'Progress', 'Interval', 'Trainer',
-           'steps_in_time', 'train', 'train_in_processes']
+           'steps_in_time', 'train', 'run_in', 'train_in_processes']
 
 # %% ../../nbs/44_train.loop.ipynb #8109eb2a
 import itertools
@@ -236,6 +236,9 @@ def _first_windows(dataset: Dataset, context: int) -> torch.Tensor: # (16, T) sy
 class Watcher:
     "Is told what happens in a run. Every method may be left out."
 
+    def preparing(self, n_bytes: int) -> None: # raw bytes that were tokenised so far
+        "Text is being prepared. Raise `Stopped` to end it; the next attempt goes on from there."
+
     def started(self, trainer: "Trainer") -> None: # look at everything, change nothing
         "The first step comes next; a resumed run is at `trainer.progress.step`."
 
@@ -252,7 +255,7 @@ class Watcher:
         "A line about validation was written to the log."
 
     def noted(self, kind: str,            # such as "samples"
-              line: dict[str, Any]        # what `<kind>.jsonl` keeps
+              line: dict[str, Any]        # what the run's `notes` keep
               ) -> None:
         "A watcher found something out."
 
@@ -261,6 +264,19 @@ class Watcher:
 
     def failed(self, error: BaseException) -> None: # `Stopped` where the run was asked to stop
         "The run ended early."
+
+
+def _tell(watchers: list[Watcher], event: str, *news: Any) -> None: # the name of a method, and what it takes
+    for watcher in list(watchers):
+        if watcher not in watchers:  # left out meanwhile: what one watcher notes the others hear in between
+            continue
+        try:
+            getattr(watcher, event)(*news)
+        except Stopped:
+            raise
+        except Exception as error:
+            watchers.remove(watcher)
+            warnings.warn(f"{type(watcher).__name__} stops watching: {error or type(error).__name__}", stacklevel=3)
 
 # %% ../../nbs/44_train.loop.ipynb #41398cae
 class ProgressBar(Watcher):
@@ -391,7 +407,7 @@ class Trainer:
         self.world.agree("checkpoints", self.progress.step)
         if self.world.is_first:
             remove_later(self.run.checkpoint_folder, self.progress.step)
-            for log in self.run.folder.glob("*.jsonl"):  # the run's own and what watchers noted
+            for log in (*self.run.folder.glob("log.jsonl"), *self.run.folder.glob("notes/*.jsonl")):  # and what watchers noted
                 cut_log(log, self.progress.step)
             lines = read_log(self.run.folder / "log.jsonl")
             self.best = min((line["valid_bpb"] for line in lines if "valid_bpb" in line), default=math.inf)
@@ -544,19 +560,14 @@ class Trainer:
 
     def tell(self, event: str, *news: Any) -> None: # the name of a `Watcher`'s method, and what it takes
         "Let every watcher know. One that fails is left out from then on."
-        for watcher in list(self.watchers):
-            try:
-                getattr(watcher, event)(*news)
-            except Exception as error:
-                self.watchers.remove(watcher)
-                warnings.warn(f"{type(watcher).__name__} stops watching: {error or type(error).__name__}", stacklevel=2)
+        _tell(self.watchers, event, *news)
 
     def note(self, kind: str,           # names the file, such as "samples"
              line: dict[str, Any]       # plain values
              ) -> None:
-        "Keep what a watcher found out in `<kind>.jsonl`, with the step, and let the others know."
+        "Keep what a watcher found out in the run's `notes`, with the step, and let the others know."
         line = {"step": self.progress.step} | line
-        append_log(self.run.folder / f"{kind}.jsonl", line)
+        append_log(self.run.notes(kind), line)
         self.tell("noted", kind, line)
 
     def request(self, what: Literal["stop", "checkpoint"]) -> None:
@@ -688,14 +699,15 @@ def train(config: RunConfig,                # everything that decides the result
           watchers: Sequence[Watcher] = ()  # are told what happens; they do not change the result
           ) -> Run:                         # the finished run
     "Train a model, or resume, or return at once when the run is already finished. Raises `Stopped`, `Diverged`, `StlmError`."
-    run = _run_in(folder, config)
+    run = run_in(folder, config)
     if not _is_finished(run, config):
         with connected() as world:
             _train(config, run, world, show_progress and world.is_first, watchers if world.is_first else ())
     return run
 
 
-def _run_in(folder: str | Path | None, config: RunConfig) -> Run:
+def run_in(folder: str | Path | None, config: RunConfig) -> Run: # whether it exists or not
+    "The run in a folder, by default in `runs/train/<id>`."
     return Run(folder or project_folder() / "runs" / "train" / config.id)
 
 
@@ -708,8 +720,9 @@ def _is_finished(run: Run, config: RunConfig) -> bool: # Raises `StlmError` for 
 def _train(config: RunConfig, run: Run, world: World, show_progress: bool, watchers: Sequence[Watcher] = (), wait: bool = False) -> None:
     if _is_finished(run, config):
         return
+    watchers = list(watchers)
     with world.in_turn():
-        dataset = prepare(config.data, show_progress=show_progress)
+        dataset = prepare(config.data, show_progress, partial(_tell, watchers, "preparing"))
     world.agree("texts", dataset.fingerprint)
     with locked(run, wait) if world.is_first else nullcontext(), explain_compilation(), explain_memory(config, world.size):
         if world.sums(world.is_first and _is_finished(run, config))[0]:  # by another process meanwhile
@@ -736,7 +749,7 @@ def train_in_processes(config: RunConfig,                # everything that decid
                        show_progress: bool = True
                        ) -> Run:                         # the finished run
     "Like `train`, on several processes of this machine. Raises `Stopped`, or `StlmError` with what the first that failed has said."
-    run = _run_in(folder, config)
+    run = run_in(folder, config)
     with tempfile.TemporaryDirectory() as place:
         (Path(place) / "config.yaml").write_text(to_yaml(config))
         options = {"--config": f"{place}/config.yaml", "--folder": run.folder, "--processes": processes, "--restarts": restarts}

@@ -38,6 +38,10 @@ class Run:
         "The folder's name; the hash of the configuration, unless a folder was chosen by hand."
         return self.folder.name
 
+    def notes(self, kind: str) -> Path: # kind: such as "samples"
+        "The file in which a watcher's findings are kept."
+        return self.folder / "notes" / f"{kind}.jsonl"
+
     @property
     def config(self) -> RunConfig:
         "The run's configuration. Raises `StlmError` when there is none, or one that is not possible."
@@ -124,6 +128,7 @@ def append_log(path: Path,           # log.jsonl
                ) -> None:
     "Add one line to a log. Raises `StlmError` for a full or read-only disk."
     try:
+        path.parent.mkdir(exist_ok=True)
         with open(path, "a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")
     except OSError as error:
