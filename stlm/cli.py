@@ -125,7 +125,7 @@ def evaluate(context: typer.Context,
         _ask(name, tasks, limit, data_dir, precision, device)
     else:
         _refuse(context, "is for benchmarks; name some with --tasks, or leave it out", "limit", "data_dir", "precision")
-        if corpus:
+        if corpus is not None:
             _refuse(context, "divides the run's own text, and --corpus is scored as it is; leave one of them out", "split")
         _measure(name, corpus, split, max_bytes, stride, device)
 
@@ -139,10 +139,10 @@ def _refuse(context: typer.Context, reason: str, *options: str) -> None: # what 
 def _measure(name: str, corpus: str | None, split: str, max_bytes: int, stride: int, device: str) -> None: # bits per byte
     from stlm.evaluate.benchmarks import open_model
     from stlm.evaluate.bits import bits_per_byte
-    if not corpus and not (Path(name) / "config.yaml").exists():
+    if corpus is None and not (Path(name) / "config.yaml").exists():
         raise StlmError(f"{name} is no run's folder, so no text is held out for it; name a text with --corpus, such as file:PATH or pydocs")
     model, tokenizer, folder = open_model(name, device)  # first, for it may take minutes to prepare a text
-    texts, source, label = _text(corpus, max_bytes) if corpus else _held_out(name, split, max_bytes)
+    texts, source, label = _text(corpus, max_bytes) if corpus is not None else _held_out(name, split, max_bytes)
     bits = bits_per_byte(model, tokenizer, texts, stride=stride or None, folder=folder / "evaluations", show_progress=True)
     figures = bits.summary()
     interval = "{:.4f} to {:.4f} at 95% over documents, ".format(*figures["interval"]) if figures["interval"] else ""
@@ -235,8 +235,9 @@ def generate(folder: ModelArgument,
     if str(folder).startswith("hf:"):
         raise StlmError(f"MODEL={folder} is only scored here and cannot write; allowed: a run's folder, or the folder of a saved model")
     model, tokenizer, _ = open_model(folder, device)
+    pieces = stream(model, tokenizer, prompt, max_tokens=max_tokens, temperature=temperature, top_k=top_k, top_p=top_p, seed=seed)
     print(prompt, end="", flush=True)
-    for piece in stream(model, tokenizer, prompt, max_tokens=max_tokens, temperature=temperature, top_k=top_k, top_p=top_p, seed=seed):
+    for piece in pieces:
         print(piece, end="", flush=True)
     print()
 
@@ -279,15 +280,16 @@ def info(names: Annotated[Optional[list[str]], typer.Argument(help="Presets to c
          device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:N or mps.")] = "auto") -> None:
     "Parameters, FLOPs, memory and hours of presets, with overrides. What is typical was measured on English prose."
     from stlm.hardware import peak_flops, pick_device, pick_precision
-    from stlm.model.accounting import table, training_memory
+    from stlm.model.accounting import table, training_hours, training_memory
     place = pick_device(device)
-    dtype = pick_precision("auto", place)
     configs = {name: _config(name, settings) for name in names or PRESETS}
+    precisions = {name: pick_precision(config.train.precision, place) for name, config in configs.items()}
     accounts = {name: _account(config, bytes_per_token, bytes_per_patch) for name, config in configs.items()}
-    memories = {name: training_memory(config.model, windows, dtype=dtype, symbols_per_patch=accounts[name].symbols_per_patch)
-                for name, config in configs.items()}
-    hours: dict[str, Any] = dict(n_bytes=megabytes * 1e6, peak_flops=peak_flops(place, dtype), mfu=mfu) if megabytes else {}
-    print(table(accounts, memories, **hours).T.to_string(line_width=shutil.get_terminal_size((120, 0)).columns))
+    memories = {name: training_memory(config.model, windows, dtype=precisions[name], symbols_per_patch=accounts[name].symbols_per_patch,
+                                      checkpointing=config.train.checkpoint_activations) for name, config in configs.items()}
+    peaks = {dtype: peak_flops(place, dtype) for dtype in {*precisions.values()}} if megabytes else {}
+    hours = {name: training_hours(accounts[name], megabytes * 1e6, peaks[precisions[name]], mfu) for name in configs if megabytes}
+    print(table(accounts, memories, hours or None).T.to_string(line_width=shutil.get_terminal_size((120, 0)).columns))
 
 
 def _account(config: RunConfig, bytes_per_token: float, bytes_per_patch: float) -> Any:
@@ -307,6 +309,8 @@ def runs(folder: Annotated[Optional[Path], typer.Argument(help="Where to look; r
     import pandas as pd
 
     from stlm.train.records import find_runs
+    if folder and not folder.is_dir():
+        raise StlmError(f"{folder} is no folder; allowed: one that holds runs")
     rows = [_row(run) for run in find_runs(folder or project_folder() / "runs")]
     print(pd.DataFrame(rows).to_string(index=False, float_format="{:.3f}".format, na_rep="-") if rows else "no runs yet; try: stlm train")
 

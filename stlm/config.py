@@ -85,7 +85,7 @@ class PatchConfig:
     decoder: Decoder = "window"      # bytes see a window of bytes, those of their own patch, or none: all of a patch at once (the paper)
     d_local: int = 192               # width of encoder and decoder
     n_heads: int = 4                 # attention heads of encoder and decoder
-    d_ff: int = 512                  # inner width of their feed-forward networks
+    d_ff: int = 512                  # inner width of their feed-forward networks; those inside a patch have GELU and four times their width
     encoder_layers: int = 1          # blocks before pooling
     decoder_layers: int = 1          # blocks after unpooling
     window: int = 128                # bytes that a byte sees, itself included
@@ -175,6 +175,9 @@ class ModelConfig:
         _require_each(self, "model.ngram", lambda v: v == 0 or 2 <= v <= 8, "0 (none) or 2 to 8")
         _require_each(self, "model.ngram_buckets", lambda v: v >= 1, "1 or more")
         _require(not (self.ngram and self.is_pooled), "model.ngram", self.ngram, "0 with patches; they have model.patches.ngram")
+        asks = self.is_pooled and self.patches.encoder == "patch" and self.patches.pooling == "attention"
+        _require(not asks or self.d_model % self.patches.n_heads == 0, "model.patches.n_heads", self.patches.n_heads,
+                 f"a divisor of model.d_model={self.d_model} with encoder=patch and pooling=attention")
         _require_each(self, "model.embedding_rank", lambda v: v >= 0, "0 (no projection) or more")
         _require(not (self.embedding_rank and self.is_pooled), "model.embedding_rank", self.embedding_rank, "0 with patches")
         self._check_sharing()
@@ -545,8 +548,8 @@ PRESETS: dict[str, dict[str, dict[str, Any]]] = {
                     "train": _DEMO_TRAIN},
 }
 
-# Together, in equal time by measured speeds, they beat the baseline of 10 million parameters by 0.225 bits per byte; Muon alone by 0.170,
-# while QK-norm, ReLU², zero start, fast embeddings, residual scalars and the linear cooldown made no difference there (reports/recipe_10m).
+# Together, in equal time by measured speeds, they beat the baseline of 10 million parameters by 0.225 bits per byte, Muon alone by 0.170;
+# QK-norm, ReLU², zero start, fast embeddings, residual scalars and a linear cooldown by nothing that three seeds tell (reports/recipe_10m).
 # At 2 million only fast embeddings and residual scalars won by themselves, and all of them together not for certain (reports/recipe). The
 # rest is kept for what is known of larger models.
 MODERN: dict[str, Any] = {

@@ -113,6 +113,13 @@ def test_a_row_with_other_keys_is_no_obstacle(folder):
     assert read(f"file:{folder}/a.jsonl") == ["a", "b", "c"]
 
 
+@pytest.mark.parametrize("first", [{"text": None, "url": "u", "title": "t"}, {"url": "u", "title": "t"}, {"url": "u"}])
+@pytest.mark.parametrize("column", ["", "#text"])
+def test_a_first_row_without_text_says_nothing_of_the_others(folder, first, column):
+    (folder / "a.jsonl").write_text("\n".join(map(json.dumps, [first, {"text": "real", "url": "v", "title": "t"}])))
+    assert [text for text in read(f"file:{folder}/a.jsonl{column}") if text] == ["real"]
+
+
 @pytest.mark.parametrize("column, words", [("#txt", "did you mean 'text'"), ("#id", "text")])
 def test_a_missing_column_is_named(folder, column, words):
     for ending in ("jsonl", "csv", "parquet"):
@@ -182,6 +189,7 @@ def test_a_reader_who_leaves_early_loses_nothing(hub, tmp_path, monkeypatch, oth
         if other_version:
             monkeypatch.setattr(corpora, "_datasets_version", lambda version=number: f"{version}")
         assert list(itertools.islice(open_corpus(hub).documents(), stop)) == whole[:stop]
+    monkeypatch.setattr(corpora, "_datasets_version", lambda: "the last one")
     assert read(hub) == whole
     stored = [file.name.split(".")[0].split("-") for file in pieces(tmp_path / "cache")]
     assert all(int(stop) == int(start) for (_, stop), (start, _) in itertools.pairwise(stored))
@@ -303,9 +311,18 @@ def test_a_file_without_separators_is_cut(monkeypatch):
     assert "\n".join(found) + "\n" == "".join(lines) and max(map(len, found)) < 1020 and len(found) == 5
 
 
-def test_articles_of_wikitext_stay_whole(folder):
+def test_a_file_of_one_line_is_cut(folder, monkeypatch):
+    monkeypatch.setattr(corpora, "LONGEST_DOCUMENT", 1000)
+    text = " ".join(f"word{i}" for i in range(1000))
+    (folder / "text8.txt").write_text(text)
+    found = read(f"file:{folder}/text8.txt")
+    assert "".join(found) == text and max(map(len, found)) == 1000
+
+
+@pytest.mark.parametrize("mark", [b"", b"\xef\xbb\xbf"], ids=["plain", "byte-order mark"])
+def test_articles_of_wikitext_stay_whole(folder, mark):
     article = " = Apple = \n \n An apple is a <unk> . \n \n = = In the kitchen = = \n \n x = 2 . \n \n"
-    (folder / "wiki.txt").write_text("\n" + article + article.replace("Apple", "Pear"))
+    (folder / "wiki.txt").write_bytes(mark + ("\n" * (not mark) + article + article.replace("Apple", "Pear")).encode())
     corpus = open_corpus(f"file:{folder}/wiki.txt")
     assert [text.split()[1] for text in corpus.documents() if text.strip()] == ["Apple", "Pear"]
     assert "".join(corpus.documents()).replace("\n", "") == (article + article.replace("Apple", "Pear")).replace("\n", "")

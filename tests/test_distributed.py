@@ -54,6 +54,16 @@ def assert_same_curve(run: Run, other: Run) -> None:
     assert run.metrics["valid_bytes"] == other.metrics["valid_bytes"]
 
 
+def test_who_is_asked_to_stop_may_finish_a_step(monkeypatch):
+    "torchelastic kills after 30 seconds, and a step on a processor may take longer: nothing would be saved."
+    monkeypatch.delenv("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", raising=False)
+    given = []
+    monkeypatch.setattr(distributed, "_run_once", lambda *_: given.append(os.environ["TORCH_ELASTIC_SHUTDOWN_TIMEOUT"]) or [])
+    assert distributed.launch([], 2) == 0 and float(given[0]) == distributed.SILENCE.total_seconds()
+    monkeypatch.setenv("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "5")
+    assert distributed.launch([], 2) == 0 and given[1] == "5"
+
+
 @pytest.mark.parametrize("processes", [2, 4])
 def test_the_number_of_processes_does_not_change_the_curve(overrides, alone, tmp_path, processes):
     assert errors_in_forks(processes, train_in_fork, overrides, tmp_path / "run") == [""] * processes

@@ -481,8 +481,28 @@ def test_the_commands(project, overrides):
     assert stlm("generate", "mine", "The licence", "--max-tokens", 20, cwd=project)[1] == first, "the same seed, the same text"
     errors = stlm("generate", "mine", "The licence " * 100, "--max-tokens", 1, cwd=project)[2]
     assert re.fullmatch(r"warning: the prompt has \d+ symbols; the model reads the last \d+ of them\n", errors), "one line, for a user"
+    code, output, errors = stlm("generate", "mine", "The licence", "--temperature", "-1", cwd=project)
+    assert code and not output and "temperature=-1.0 is not possible" in errors, "nothing is written before all is checked"
     code, output, errors = stlm("runs", ".", cwd=project)
     assert code == 0 and "mine" in output and "finished" in output, errors
+    code, output, errors = stlm("runs", "nowhere", cwd=project)
+    assert code and "nowhere is no folder" in errors and not output
+    code, output, errors = stlm("evaluate", "mine", "--corpus", "", cwd=project)
+    assert code and "data.corpus=''" in errors and not output
+    (project / "a file").write_text("")
+    code, output, errors = stlm("train", *settings(overrides | {"data.corpus": "file:nowhere.txt"}), "--folder", "a file", cwd=project)
+    assert code and "a file is a file; allowed: a folder" in errors, "before any text is looked for"
+
+
+def test_memory_of_training_knows_what_is_overridden(capsys):
+    def memory(*settings):
+        given = [word for each in settings for word in ("--set", each)]
+        app(["info", "stlm-10m", "--windows", "2", "--device", "cpu", *given], standalone_mode=False)
+        return float(re.search(r"training memory, GB +([\d.]+)", capsys.readouterr().out)[1])
+
+    plain = memory("train.precision=fp32")
+    assert memory("train.precision=fp32", "train.checkpoint_activations=true") < 0.7 * plain
+    assert memory("train.precision=bf16") < 0.95 * plain
 
 
 def test_a_run_that_was_stopped_is_named_as_such_before_anything_is_prepared(tmp_path):

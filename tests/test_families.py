@@ -443,6 +443,13 @@ def test_a_stride_must_fit_its_slots(slots: dict[str, str]) -> None:
         PatchConfig(patcher="stride", size=5, max_size=4, **slots)
 
 
+def test_heads_of_pooling_must_divide_the_width() -> None:
+    local = PatchConfig(patcher="stride", size=4, max_size=4, encoder="patch", pooling="attention", d_local=40, n_heads=5)
+    ModelConfig(vocab_size=257, d_model=40, n_heads=4, n_kv_heads=4, patches=local)
+    with pytest.raises(ConfigError, match=r"model\.patches\.n_heads=5 .*d_model=24"):
+        ModelConfig(vocab_size=257, d_model=24, n_heads=4, n_kv_heads=4, patches=local)
+
+
 # --- Broken on purpose --------------------------------------------------------------------------------------------------------------------
 # Each mutant replaces one function by another that leaks or forgets. The checks above must notice.
 

@@ -145,6 +145,16 @@ def test_dropout_acts_on_the_embedding_and_on_both_branches():
     assert torch.equal(model(ids), model.eval()(ids))
 
 
+def test_dropout_acts_within_patches_too():
+    patches = PatchConfig("stride", size=4, max_size=4, encoder="patch", encoder_layers=1, decoder="parallel", decoder_layers=2,
+                          unpooling="linear", d_local=16, n_heads=2, d_ff=32)
+    plain, model = small_model(patches=patches), small_model(patches=patches, dropout=0.5)
+    assert sum(isinstance(module, torch.nn.Dropout) for module in model.body.unpooling.modules()) == 2
+    assert sum(isinstance(module, torch.nn.Dropout) for module in model.body.grid.modules()) == 1
+    model.load_state_dict(plain.state_dict())
+    assert torch.equal(model.eval()(random_ids(1, T)), plain(random_ids(1, T)))
+
+
 @torch.no_grad()
 @pytest.mark.parametrize("sharing", [dict(ffn="all"), dict(attention="repeat", lora_rank=2, lora_scale=0.5),
                                      dict(ffn="cycle", attention="all", free_ends=1, lora_rank=4, loop_layers=3, loops=3)], ids=str)

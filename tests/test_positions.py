@@ -4,7 +4,7 @@ from typing import get_args
 import pytest
 import torch
 
-from stlm.config import ConfigError, ModelConfig, PatchConfig, Positions
+from stlm.config import ConfigError, ModelConfig, PatchConfig, Positions, SharingConfig
 from stlm.foundation import StlmError
 from stlm.model.lm import LanguageModel, extend_context
 from stlm.model.positions import make_positions
@@ -113,6 +113,14 @@ def test_a_longer_context_changes_nothing_within_the_old_one(method):
     torch.testing.assert_close(stepped, logits, rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(logits[:, :T], model(ids[:, :T]), rtol=1e-4, atol=1e-4)  # nor does what comes after
     assert longer.state_dict().keys() == model.state_dict().keys() and model.config.context == T
+
+
+@torch.no_grad()
+def test_a_longer_context_keeps_mode_and_precision():
+    model, ids = small_model("rope", sharing=SharingConfig(loop_layers=1, loops=3)).bfloat16().eval(), random_ids(1, T)
+    model.set_looping(False)
+    longer = extend_context(model, 5 * T)
+    assert torch.equal(longer(ids), model(ids)) and longer.head_weight.dtype == torch.bfloat16 and not longer.training
 
 
 @torch.no_grad()

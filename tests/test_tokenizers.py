@@ -124,6 +124,12 @@ def test_monotonous_text_is_no_trap(text):
     assert_exact(LEARNED, text)
 
 
+@needs_gpt2
+def test_what_gpt2_cannot_read_is_named(gpt2):
+    with pytest.raises(StlmError, match=r"cannot read the document that begins with 'the end'.*data\.tokenizer=bpe:V"):
+        gpt2.encode(" " * 1_000_000 + "the end")
+
+
 def test_learning_is_the_same_in_every_process(tmp_path):
     code = "from stlm.data.tokenizers import train_bpe; print(train_bpe('bpe:400', [open(__import__('sys').argv[1]).read()]).fingerprint)"
     (tmp_path / "text").write_text(TRAINING_TEXT)

@@ -268,7 +268,7 @@ def _stream(kind: str, file: Path, **options: Any) -> Iterator["datasets.Iterabl
 
 def _lines(file: Path, longest: int = -1) -> Iterator[str]: # longest: characters, then the line is cut; -1 = never
     "Lines of a text file, each with its line break, one at a time: a book in a row of JSON may be megabytes long."
-    with fsspec.open(str(file), "rt", encoding="utf-8", compression="infer") as lines:
+    with fsspec.open(str(file), "rt", encoding="utf-8-sig", compression="infer") as lines:  # without a byte-order mark
         while line := lines.readline(longest):
             yield line
 
@@ -334,15 +334,21 @@ def choose_column(columns: list[str], # columns that hold text
 
 
 def _read_jsonl(file: Path, column: str) -> Iterator[str]:
-    chosen = ""
-    for number, line in enumerate(_lines(file), start=1):
-        if not line.strip():
-            continue
-        row = json.loads(line)
-        if not isinstance(row, dict):
-            raise StlmError(f"{file}, line {number}: this is no JSON object; allowed: one object a line, such as {{\"text\": \"...\"}}")
-        chosen = chosen or choose_column([key for key, value in row.items() if isinstance(value, str)], column, str(file))
+    rows = _json_rows(file)
+    first = list(itertools.islice(rows, ROWS_AT_ONCE))  # the text of one row may be null, or missing
+    names = dict.fromkeys(key for _, row in first for key, value in row.items() if isinstance(value, str) or key == (column or "text"))
+    chosen = choose_column([*names], column, str(file)) if first else ""
+    for number, row in itertools.chain(first, rows):
         yield _as_text(row.get(chosen), f"{file}, line {number}", chosen)
+
+
+def _json_rows(file: Path) -> Iterator[tuple[int, dict[str, Any]]]: # the number of a line, and what it holds
+    for number, line in enumerate(_lines(file), start=1):
+        if line.strip():
+            row = json.loads(line)
+            if not isinstance(row, dict):
+                raise StlmError(f"{file}, line {number}: this is no JSON object; allowed: one object a line, such as {{\"text\": \"...\"}}")
+            yield number, row
 
 
 def _as_text(value: Any, source: str, column: str) -> str:
@@ -391,10 +397,13 @@ _DOCUMENTS = {"": "a row", "separators": f"text between {_SEPARATOR} lines", "ar
               "blocks": "a block between blank lines"}
 
 
+_FACTS = 2  # raise it whenever a file would be seen to have another layout
+
+
 def _file_facts(file: Path) -> dict[str, str]:
     "SHA-256 of a file, and its layout."
     state = file.stat()
-    remembered = cache_folder() / "files" / f"{fingerprint([str(file), state.st_size, state.st_mtime_ns])}.json"
+    remembered = cache_folder() / "files" / f"{fingerprint([_FACTS, str(file), state.st_size, state.st_mtime_ns])}.json"
     try:
         facts = json.loads(remembered.read_text(encoding="utf-8"))
         if facts["layout"] not in _DOCUMENTS:
@@ -560,12 +569,12 @@ def cached_rows(folder: Path,                                           # of the
         if after is None:
             return
         start += len(rows)
-    dataset, past = open_stream().with_format("arrow"), start // ROWS_AT_ONCE
+    dataset, (past, rest) = open_stream().with_format("arrow"), divmod(start, ROWS_AT_ONCE)
     if after["version"] == _datasets_version():
         dataset.load_state_dict(after["state"])
-        past = 0
-    batches = itertools.islice(_read_column(dataset, column, source), past, None)
-    yield from _saved_rows(folder, start, batches, dataset.state_dict)
+        past = rest = 0
+    batches = enumerate(itertools.islice(_read_column(dataset, column, source), past, None))
+    yield from _saved_rows(folder, start, (batch[rest:] if number == 0 else batch for number, batch in batches), dataset.state_dict)
 
 
 def _datasets_version() -> str:

@@ -450,7 +450,7 @@ def find_damage(folder: Path, # of a data set
         manifest = json.loads((folder / "manifest.json").read_text("utf-8"))
         if manifest.pop("self") != fingerprint(manifest) or manifest["format"] != FORMAT:
             return "manifest.json does not match its own hash"
-    except (OSError, ValueError, KeyError, AttributeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         return f"manifest.json cannot be read ({type(error).__name__})"
     files = progress(manifest["files"].items(), "verifying", unit="file", delay=1, leave=False, disable=not show_progress)
     return next(filter(None, (_damage(folder / name, name, entry, seen) for name, entry in files)), "")

@@ -200,7 +200,14 @@ class Gpt2Tokenizer(Tokenizer):
         self._gpt2 = tiktoken.Encoding("gpt2", pat_str=_GPT2_PATTERN, mergeable_ranks=ranks, special_tokens={})
 
     def _cut(self, documents: list[str]) -> list[np.ndarray]:
-        return [self._gpt2.encode_to_numpy(text, disallowed_special=()).astype(self.dtype) for text in _require_utf8(documents)]
+        return [self._encode(text).astype(self.dtype) for text in _require_utf8(documents)]
+
+    def _encode(self, text: str) -> np.ndarray:
+        try:
+            return self._gpt2.encode_to_numpy(text, disallowed_special=())
+        except ValueError as error:  # its expression gives up where white space goes on for a million characters
+            raise StlmError(f"GPT-2's tokenizer cannot read the document that begins with {text.strip()[:40]!r} ({error}); "
+                            "take such white space out, or use data.tokenizer=bpe:V") from error
 
 
 def _download_gpt2() -> Gpt2Tokenizer:

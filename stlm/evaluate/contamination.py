@@ -156,7 +156,7 @@ def per_character(logprobs: Sequence[Sequence[float]],   # of each item's choice
 
 def choice_probabilities(logprobs: Sequence[Sequence[float]],  # of each item's choices; items may differ in their number
                          answers: Sequence[int]                # the right choice of each
-                         ) -> pd.DataFrame:                    # one row an item: confidence, right, truth, brier
+                         ) -> pd.DataFrame:                    # an item: confidence, right (a share where choices tie), truth, brier
     "What a model says of each item's choices. Raises `StlmError` for an answer that is no choice."
     rows = []
     for number, (choices, answer) in enumerate(zip(logprobs, answers, strict=True)):
@@ -164,7 +164,8 @@ def choice_probabilities(logprobs: Sequence[Sequence[float]],  # of each item's 
             raise StlmError(f"item {number} has {len(choices)} choices and the answer {answer}; allowed: 0 to {len(choices) - 1}")
         weights = np.exp(np.asarray(choices, float) - max(choices))
         p = weights / weights.sum()
-        rows.append((p.max(), bool(p.argmax() == answer), p[answer], ((p - np.eye(len(p))[answer]) ** 2).sum()))
+        surest = p == p.max()
+        rows.append((p.max(), surest[answer] / surest.sum(), p[answer], ((p - np.eye(len(p))[answer]) ** 2).sum()))
     return pd.DataFrame(rows, columns=["confidence", "right", "truth", "brier"])
 
 

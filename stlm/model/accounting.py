@@ -351,17 +351,15 @@ def training_memory(config: ModelConfig,                 # with `vocab_size` set
 # %% ../../nbs/29_model.accounting.ipynb #4a249500
 def table(accounts: Mapping[str, Account],                # name -> what the model costs
           memories: Mapping[str, Memory] | None = None,   # the same names -> memory of training; None = leave it out
-          n_bytes: float | None = None,                   # raw UTF-8 bytes to train on, for the hours; None = leave them out
-          peak_flops: float = 1e12,                       # of the machine, a second, as `hardware.peak_flops` measures it
-          mfu: float = 0.4                                # share of the peak that is reached
+          hours: Mapping[str, float] | None = None        # the same names -> hours of training; None = leave them out
           ) -> pd.DataFrame:                              # one row a model
     "The figures of several models side by side."
     rows = {name: _figures(figures) for name, figures in accounts.items()}
     for name, row in rows.items():
         if memories is not None:
             row["training memory, GB"] = f"{memories[name].peak / 1e9:,.2f}"
-        if n_bytes is not None:
-            row["training hours"] = f"{training_hours(accounts[name], n_bytes, peak_flops, mfu):,.1f}"
+        if hours is not None:
+            row["training hours"] = f"{hours[name]:,.1f}"
     return pd.DataFrame(rows).T
 
 

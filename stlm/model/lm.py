@@ -21,7 +21,7 @@ from .core import Core, init_weights
 from .layers import Dropout
 from .local import LocalStack
 from .patches import Cuts, ratio_loss
-from .pooling import RATIO_WEIGHT, NGrams, PatchCache, PooledStack
+from .pooling import RATIO_WEIGHT, NGrams, PatchCache, PatchEncoder, PooledStack, Slots
 
 # %% ../../nbs/28_model.lm.ipynb #4160613f
 def softcap(logits: Tensor, # any shape
@@ -261,7 +261,7 @@ class LanguageModel(nn.Module):
     def set_checkpointing(self, on: bool) -> None:
         "Whether training keeps only the input of each layer and computes the rest again: less memory, a third more arithmetic."
         for module in self.modules():
-            if isinstance(module, Core | LocalStack):
+            if isinstance(module, Core | LocalStack | PatchEncoder | Slots):
                 module.checkpointing = on
 
 # %% ../../nbs/28_model.lm.ipynb #e549ff5b
@@ -275,4 +275,5 @@ def extend_context(model: LanguageModel, # stays as it is
     with torch.random.fork_rng(devices=[]):  # the weights drawn here are replaced at once; the caller's random numbers stay as they are
         extended = LanguageModel(replace(model.config, context=context))
     extended.load_state_dict(model.state_dict())
-    return extended.to(model.head_weight.device).train(model.training)
+    extended.set_looping(model.body.core.looping)
+    return extended.to(model.head_weight.device, model.head_weight.dtype).train(model.training)

@@ -156,7 +156,7 @@ class LocalStack(nn.Module):
 # %% ../../nbs/26_model.local.ipynb #f05f0412
 class GridBlock(nn.Module):
     "Attention among the slots of a patch, then a feed-forward network that may change the width."
-    def __init__(self, config: ModelConfig, # `norm` and `norm_eps` decide
+    def __init__(self, config: ModelConfig, # `norm`, `norm_eps` and `dropout` decide
                  n_heads: int,
                  d_in: int,
                  d_out: int
@@ -167,6 +167,7 @@ class GridBlock(nn.Module):
         self.attention_norm, self.ffn_norm = make_norm(config, d_in), make_norm(config, d_in)
         self.qkv, self.out = Joined(d_in, d_in, d_in, d_in), nn.Linear(d_in, d_in, bias=False)
         self.up, self.down = nn.Linear(d_in, 4 * d_in, bias=False), nn.Linear(4 * d_in, d_out, bias=False)
+        self.dropout = make_dropout(config)
 
     def forward(self, x: Tensor,                    # (N, P, d_in)
                 filled: Tensor | None = None        # (N, P) bool: which slots hold a byte; None = all
@@ -177,6 +178,6 @@ class GridBlock(nn.Module):
         scores = q @ k.transpose(2, 3) / q.shape[3] ** 0.5
         if filled is not None:
             scores = scores.masked_fill(~filled[:, None, None], -torch.inf)
-        x = x + self.out((scores.softmax(-1).to(v.dtype) @ v).transpose(1, 2).flatten(2))
+        x = x + self.dropout(self.out((scores.softmax(-1).to(v.dtype) @ v).transpose(1, 2).flatten(2)))
         bent = self.down(F.gelu(self.up(self.ffn_norm(x))))
-        return x + bent if self.keeps_width else bent.to(x.dtype)  # sums stay in float32 under autocast
+        return x + self.dropout(bent) if self.keeps_width else bent.to(x.dtype)  # sums stay in float32 under autocast

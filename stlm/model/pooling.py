@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from ..config import ModelConfig
 from .attention import KVCache, require_room
 from .core import Core
-from .layers import make_dropout, make_norm
+from .layers import make_dropout, make_norm, run_block
 from .local import GridBlock, LocalStack, local_config
 from .patches import Cuts, Gate, Open, after, cut, make_patcher, nothing_open, segmenter_config
 from .positions import alibi_slopes
@@ -146,6 +146,7 @@ class PatchEncoder(nn.Module):
         super().__init__()
         widths = itertools.pairwise(grid_widths(config))
         self.slots = config.patches.max_size
+        self.checkpointing = False  # whether layers are computed again for the backward pass
         self.blocks = nn.ModuleList(GridBlock(config, config.patches.n_heads, *pair) for pair in widths)
 
     def forward(self, x: Tensor,    # (B, T, d_local)
@@ -159,7 +160,7 @@ class PatchEncoder(nn.Module):
         filled = (first[..., None] + slots <= last[..., None]).flatten(0, 1)                 # (B * S, P)
         grid = _at(x, places).unflatten(1, (-1, self.slots)).flatten(0, 1)                   # (B * S, P, d_local)
         for block in self.blocks:
-            grid = block(grid, filled)
+            grid = run_block(block, grid, filled, again=self.checkpointing)
         patch = (ends.cumsum(1) - ends.long()).clamp(max=n - 1)                              # (B, T)
         slot = (torch.arange(x.shape[1], device=x.device) - first.gather(1, patch)).clamp(0, self.slots - 1)
         return _at(grid.unflatten(0, (x.shape[0], -1)).flatten(1, 2), patch * self.slots + slot)
@@ -192,6 +193,7 @@ class Slots(nn.Module):
         self.slots, self.d_local, self.width = local.max_size, local.d_local, local.max_size * local.d_local
         self.repeats = local.unpooling == "repeat"
         self.project = nn.Linear(config.d_model, local.d_local if self.repeats else self.width, bias=False)
+        self.checkpointing = False  # whether layers are computed again for the backward pass
         self.blocks, self.norm = nn.ModuleList(), None
         if local.decoder == "parallel":
             self.positions = nn.Embedding(local.max_size, local.d_local)
@@ -207,7 +209,7 @@ class Slots(nn.Module):
         slots = slots[:, :, None].expand(shape) if self.repeats else slots.view(shape)
         slots = (slots + self.positions.weight).flatten(0, 1)  # (B * S, P, d_local)
         for block in self.blocks:
-            slots = block(slots)
+            slots = run_block(block, slots, again=self.checkpointing)
         return self.norm(slots).view(*latents.shape[:2], self.width)
 
     def read(self, answers: Tensor, cuts: Cuts, states: Tensor) -> Tensor: # as in `Repeat`

@@ -712,6 +712,8 @@ def run_in(folder: str | Path | None, config: RunConfig) -> Run: # whether it ex
 
 
 def _is_finished(run: Run, config: RunConfig) -> bool: # Raises `StlmError` for a run of another configuration or another text
+    if run.folder.exists() and not run.folder.is_dir():
+        raise StlmError(f"{run.folder} is a file; allowed: a folder for the run, existing or not")
     if run.status != "new":
         require_same(run, config)  # of a stopped run here already, since to prepare the data takes long
     return run.status == "finished"
