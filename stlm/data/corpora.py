@@ -334,9 +334,14 @@ def choose_column(columns: list[str], # columns that hold text
 
 
 def _read_jsonl(file: Path, column: str) -> Iterator[str]:
-    rows = _json_rows(file)
-    first = list(itertools.islice(rows, ROWS_AT_ONCE))  # the text of one row may be null, or missing
-    names = dict.fromkeys(key for _, row in first for key, value in row.items() if isinstance(value, str) or key == (column or "text"))
+    wanted, rows = column or "text", _json_rows(file)
+    first: list[tuple[int, dict[str, Any]]] = []  # the text of one row may be null, or missing
+    names: dict[str, int] = {}                    # of columns with text, and how much they have
+    while wanted not in names and len(first) < ROWS_AT_ONCE and sum(names.values()) < 2 ** 20 and (found := next(rows, None)):
+        first.append(found)
+        for key, value in found[1].items():
+            if isinstance(value, str) or key == wanted:
+                names[key] = names.get(key, 0) + len(str(value))
     chosen = choose_column([*names], column, str(file)) if first else ""
     for number, row in itertools.chain(first, rows):
         yield _as_text(row.get(chosen), f"{file}, line {number}", chosen)
