@@ -493,7 +493,7 @@ _PAPER_TRAIN = dict(steps=50_000, batch_size=480, accumulation=20, lr=6e-4, warm
 _DEMO_MODEL = dict(n_layers=4, d_model=160, n_heads=5, n_kv_heads=5, d_ff=448, init_std=0.06)
 _DEMO_TRAIN = dict(bytes=1_000_000, batch_size=4, lr=3e-3)
 # N-grams of bytes are looked up, not computed: after 400 kB of text, mean of three seeds, 2.600 bits per byte with and 3.264 without them
-# (reports/byte_pooling). Patches of words need no segmenter; entropy patches were 0.007 better and a frozen model dearer.
+# (reports/byte_pooling). Patches of words need no segmenter; entropy patches were 0.008 better and a frozen model dearer.
 _WORDS = dict(patcher="space", window=64, ngram=3)
 
 # Tables of n-grams cost no FLOPs, but memory traffic: with them (model.ngram=3) the subword model reads a seventh less text in the time and
